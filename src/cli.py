@@ -1,0 +1,88 @@
+"""What every script shares: errors a user can act on, and progress a user can read."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Callable, Iterable, Iterator
+
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """A mistake in what the user gave us.
+
+    The message is one line that names the file, the line number where there is one, and the
+    remedy, e.g. ``data/e2e/train.txt:17: no '||' between ...; write 'meaning||text'``.
+    """
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's ``main``; an InputError ends it with one line on stderr and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def log(message: str) -> None:
+    """Prints one line, above a running progress bar if there is one."""
+    tqdm.write(message)
+    sys.stdout.flush()
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a log line at most every ``period`` seconds.
+
+    Used as a context manager, or as an iterable through :func:`progress`.
+    """
+
+    def __init__(self, total: int, desc: str, unit: str = "it", initial: int = 0,
+                 period: float = 30.0):
+        self.total, self.desc, self.unit, self.period = total, desc, unit, period
+        self.done, self.initial, self.note = initial, initial, ""
+        self.started = self.spoken = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial,
+                            dynamic_ncols=True, file=sys.stderr)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, n: int = 1, note: str = "") -> None:
+        """Counts ``n`` more units done; ``note`` is shown behind the bar (loss, ppl ...)."""
+        self.done += n
+        self.note = note or self.note
+        if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+            return
+        now = time.monotonic()
+        if now - self.spoken >= self.period:
+            self.spoken = now
+            rate = (self.done - self.initial) / (now - self.started)
+            left = (self.total - self.done) / rate if rate > 0 else 0
+            tail = f", {self.note}" if self.note else ""
+            log(f"{self.desc}: {self.done}/{self.total} {self.unit}, {left:.0f} s left{tail}")
+
+
+def progress(items: Iterable, desc: str, total: int | None = None, unit: str = "it") -> Iterator:
+    """Yields from ``items`` while showing a :class:`Progress`."""
+    if total is None:
+        items = list(items)
+        total = len(items)
+    with Progress(total, desc, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()

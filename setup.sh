@@ -110,8 +110,8 @@ setup_install_packages() {  # TIME FILE [INCLUDED...]
     log="$setup_environment/install.log"
     if ! { python -m pip --version || python -m ensurepip; } > "$log" 2>&1 ||
             ! python -m pip install --disable-pip-version-check \
-                -r "$setup_root/$file" >> "$log" 2>&1; then
-        grep -v '^WARNING' "$log" | tail -n 20 >&2
+                -r "$setup_root/$file" < /dev/null >> "$log" 2>&1; then
+        sed '/^WARNING/d' "$log" | tail -n 20 >&2
         setup_fail "pip could not install $file (see above, all of it in $log);" \
             "check the network or pip's index, then run this again"
     fi

@@ -164,6 +164,8 @@ class KeyValueCache:
 
     def reorder(self, beam_idx: np.ndarray) -> None:
         """Lets row i of B * beams go on from row beam_idx[i]; the queries are shared and stay."""
+        if not self.generated:
+            return
         order = _int32(beam_idx)
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[order], layer.values[order]

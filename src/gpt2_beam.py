@@ -1,0 +1,101 @@
+"""Stage 4: continues the contexts of encoded samples by beam search.
+
+Reads ``--data`` (src/gpt2_encode.py makes it) and the weights that src/gpt2_ft.py saved; writes
+one JSON line a sample, its id and the predicted token ids, to WORK_DIR/OUTPUT_FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import backend
+import cli
+from cli import at_least
+from config import MODEL_CARDS, LoRAConfig
+from formats import write_jsonl
+
+END_OF_TEXT = 50256
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, help="encoded samples (.jsonl)")
+    data.add_argument("--batch_size", type=at_least(1), default=10,
+                      help="contexts searched side by side; changes the speed only")
+    data.add_argument("--seq_len", type=at_least(2), default=512,
+                      help="a context keeps its last seq_len - eval_len tokens")
+    data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
+    model.add_argument("--init_checkpoint", metavar="FILE", required=True,
+                       help="weights (.bin, .pt, .safetensors)")
+    model.add_argument("--lora_checkpoint", metavar="FILE",
+                       help="LoRA matrices, where --init_checkpoint has only the base")
+    model.add_argument("--lora_dim", type=at_least(0), default=0, help="LoRA's rank r; 0: no LoRA")
+    model.add_argument("--lora_alpha", type=at_least(0), default=128,
+                       help="LoRA's detour is scaled by alpha / r")
+
+    search = parser.add_argument_group("beam search")
+    search.add_argument("--beam", type=at_least(1), default=1, help="beams a context")
+    search.add_argument("--length_penalty", type=float, default=1.0,
+                        help="a sequence scores log p / length ** length_penalty")
+    search.add_argument("--no_repeat_ngram_size", type=at_least(0), default=4,
+                        help="no n-gram of this size twice; 0: any")
+    search.add_argument("--repetition_penalty", type=at_least(0.01, float), default=1.0,
+                        help="of tokens generated before; 1: none")
+    search.add_argument("--min_length", type=at_least(0), default=0,
+                        help="no end token before so many tokens")
+    search.add_argument("--eos_token_id", type=at_least(0), action="append", default=[END_OF_TEXT],
+                        help="one more end token")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--work_dir", type=Path, default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
+                        help="folder of the output file")
+    output.add_argument("--output_file", default="beam_prediction.jsonl", help="its name there")
+    backend.add_device_flag(parser)
+    args = parser.parse_args()
+
+    config = MODEL_CARDS[args.model_card]
+    if args.seq_len <= args.eval_len:
+        parser.error(f"--seq_len {args.seq_len} leaves no room for a context before --eval_len "
+                     f"{args.eval_len} tokens")
+    if args.seq_len > config.n_positions:
+        parser.error(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
+    if args.beam > config.vocab_size:
+        parser.error(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    backend.start(args.device)
+    # Jittor, and all that needs it, only now: see backend.
+    import checkpoint
+    from beam_search import BeamOptions, predict
+    from dataset import FTDataset
+    from model import GPT2LMModel
+
+    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len).queries()
+    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
+    checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
+    options = BeamOptions(args.beam, args.eval_len, args.min_length, args.length_penalty,
+                          args.no_repeat_ngram_size, args.repetition_penalty,
+                          frozenset(args.eos_token_id))
+    started = time.perf_counter()
+    with cli.Progress(len(queries), "beam search", "sample") as bar:
+        predictions = predict(model, queries, options, args.batch_size, bar.update)
+    took = time.perf_counter() - started
+    output = args.work_dir / args.output_file
+    write_jsonl(output, ({"id": i, "predict": ids} for i, ids in enumerate(predictions)))
+    cli.log(f"{len(queries)} samples ({len(set(queries))} different contexts) in {took:.1f} s, "
+            f"{len(queries) / took:.2f} samples/s; saved {output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Iterable, Iterator
@@ -36,7 +37,8 @@ def read_lines(path: str | os.PathLike, remedy: str = "check the path") -> list[
             texts.append(line.removesuffix(b"\r").decode("utf-8"))
         except UnicodeDecodeError as error:
             raise InputError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); "
-                             "convert the file, e.g. iconv -f LATIN1 -t UTF-8") from None
+                             f"convert the file, e.g. iconv -f LATIN1 -t UTF-8, or {remedy}"
+                             ) from None
     return texts
 
 
@@ -44,7 +46,7 @@ def read_jsonl(path: str | os.PathLike, keys: dict[str, type],
                remedy: str = "check the path") -> list[dict]:
     """The objects of a JSON-lines file, each with ``keys`` of the given types.
 
-    A key's type is ``str``, ``int`` or ``list`` (of token ids, integers >= 0).
+    A key's type is ``str``, ``bool``, ``int`` (>= 0) or ``list`` (of token ids, integers >= 0).
     Raises InputError naming the file, the line and the first thing wrong with it.
     """
     records = []
@@ -70,7 +72,9 @@ def read_jsonl(path: str | os.PathLike, keys: dict[str, type],
     return records
 
 
-_KINDS = {str: "a text", int: "an integer >= 0", list: "a list of token ids (integers >= 0)"}
+_KINDS = {str: "a text (valid Unicode)", bool: "true or false", int: "an integer >= 0",
+          list: "a list of token ids (integers >= 0)"}
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a pair, UTF-8 cannot
 
 
 def _names(keys: Iterable[str]) -> str:
@@ -78,6 +82,8 @@ def _names(keys: Iterable[str]) -> str:
 
 
 def _is(value: object, kind: type) -> bool:
+    if kind is str:
+        return isinstance(value, str) and not _SURROGATE.search(value)
     if kind is int:
         return type(value) is int and value >= 0
     if kind is list:
@@ -105,16 +111,19 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     block leaves the old file untouched. Raises InputError where the place cannot be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        try:
+            with open(beside, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}; free some space or "
-                         "choose another folder") from None
-    finally:
-        beside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}; free some space "
+                         "or choose another folder") from None

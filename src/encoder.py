@@ -1,0 +1,152 @@
+"""GPT-2's byte-level BPE (Radford et al., 2019, section 2.2): text to token ids and back.
+
+A text is split into words (a blank belongs to the word behind it); the UTF-8 bytes of a word are
+its first tokens, and of all neighbours that the merge table knows those of the lowest rank are
+joined, again and again, until none is left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from pathlib import Path
+from typing import Iterable
+
+import regex
+
+from cli import InputError
+from formats import read_lines
+
+END_OF_TEXT = "<|endoftext|>"
+
+# What \p{L} and \p{N} hold depends on the Unicode version that `regex` knows, hence the exact pin
+# in requirement.txt: 2025.9.18 knows Unicode 16, as tiktoken 0.12 does.
+WORD = regex.compile(
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+CACHED_WORDS = 1 << 16
+CACHED_LENGTH = 64  # bytes; longer words are rare, and would make the cache's memory unbounded
+
+
+def byte_symbols() -> list[str]:
+    """The printable character that stands for each byte in GPT-2's vocabulary files.
+
+    A printable Latin-1 character stands for itself, the other bytes for U+0100, U+0101, ...
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+class Encoder:
+    """Encodes and decodes with a vocabulary, token -> id, and its merges, lowest rank first.
+
+    Tokens are spelled in ``byte_symbols``. Raises ValueError where the two do not fit together:
+    the tokens must be the 256 bytes, what the merges make, and ``<|endoftext|>``.
+    """
+
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]):
+        symbols = byte_symbols()
+        made = [left + right for left, right in merges]
+        if vocabulary.keys() != {*symbols, *made, END_OF_TEXT}:
+            raise ValueError("the tokens are not those that the merges make")
+        if set(vocabulary.values()) != set(range(len(vocabulary))):
+            raise ValueError(f"the ids are not 0 to {len(vocabulary) - 1}")
+
+        self.end_of_text = vocabulary[END_OF_TEXT]
+        self._byte_ids = [vocabulary[symbol] for symbol in symbols]
+        try:
+            self._merges = {(vocabulary[left], vocabulary[right]): (rank, vocabulary[left + right])
+                            for rank, (left, right) in enumerate(merges)}
+        except KeyError as error:
+            raise ValueError(f"a merge is of {error}, which is no token") from None
+        byte_of = {symbol: byte for byte, symbol in enumerate(symbols)}
+        self._bytes = {token_id: bytes(byte_of[symbol] for symbol in token)
+                       for token, token_id in vocabulary.items()}
+        self._merge_cached = lru_cache(CACHED_WORDS)(self._merge)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text; ``<|endoftext|>`` in it is text like any other.
+
+        Raises UnicodeEncodeError for a lone surrogate, which has no UTF-8 form.
+        """
+        ids = []
+        for match in WORD.finditer(text):
+            word = match.group().encode("utf-8")
+            ids.extend(self._merge_cached(word) if len(word) <= CACHED_LENGTH
+                       else self._merge(word))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        try:
+            return b"".join(self._bytes[token_id] for token_id in ids).decode("utf-8", "replace")
+        except KeyError as error:
+            raise ValueError(f"token id {error} is outside the vocabulary "
+                             f"(0 to {len(self._bytes) - 1})") from None
+
+    def _merge(self, word: bytes) -> list[int]:
+        """The token ids of one word.
+
+        The pairs wait in a heap and the tokens form a linked list, so that a word of n bytes takes
+        O(n log n): a pair in the heap counts only if both its tokens are still where it was seen.
+        """
+        n, gone = len(word), -1
+        ids = [self._byte_ids[byte] for byte in word] + [gone]  # no token at n, which -1 means too
+        before, after = list(range(-1, n)), [*range(1, n + 1), n]
+
+        def candidate(i: int) -> tuple | None:
+            pair = ids[i], ids[after[i]]
+            return (*self._merges[pair], i, pair) if pair in self._merges else None
+
+        heap = [entry for entry in map(candidate, range(n)) if entry]
+        heapify(heap)
+        while heap:
+            _, merged, i, pair = heappop(heap)
+            j = after[i]
+            if pair != (ids[i], ids[j]):
+                continue
+            ids[i], ids[j] = merged, gone
+            after[i], before[after[j]] = after[j], i
+            for neighbour in (before[i], i):
+                entry = candidate(neighbour)
+                if entry:
+                    heappush(heap, entry)
+        return [token_id for token_id in ids if token_id != gone]
+
+
+def get_encoder(vocab_dir: str | os.PathLike) -> Encoder:
+    """The encoder of a folder's ``encoder.json`` and ``vocab.bpe``.
+
+    Raises InputError for a file that is missing or damaged, or if the two do not fit together.
+    """
+    remedy = f"run: python vocab/download_vocab.py {vocab_dir}"
+    tokens, table = Path(vocab_dir, "encoder.json"), Path(vocab_dir, "vocab.bpe")
+
+    try:
+        vocabulary = json.loads("\n".join(read_lines(tokens, remedy)))
+    except (ValueError, RecursionError):
+        raise InputError(f"{tokens}: not JSON; {remedy}") from None
+    if not isinstance(vocabulary, dict) or not all(type(v) is int for v in vocabulary.values()):
+        raise InputError(f"{tokens}: not a JSON object of token ids; {remedy}")
+
+    merges = []
+    for number, line in enumerate(read_lines(table, remedy), start=1):
+        if number == 1 and line.startswith("#version"):
+            continue
+        pair = tuple(line.split(" "))
+        if len(pair) != 2:
+            raise InputError(f"{table}:{number}: not two tokens with a blank between them; "
+                             f"{remedy}")
+        merges.append(pair)
+
+    try:
+        return Encoder(vocabulary, merges)
+    except ValueError as error:
+        raise InputError(f"{vocab_dir}: encoder.json and vocab.bpe do not fit together: {error}; "
+                         f"{remedy}") from None

@@ -1,0 +1,208 @@
+"""Stage 5: predicted token ids as text, beside the references of the same contexts.
+
+    python src/gpt2_decode.py --vocab DIR --sample_file F --input_file F \\
+        --output_ref_file F --output_pred_file F [--ref_type e2e|webnlg|dart] ...
+
+Lines of the input with equal contexts (or equal ids in ``--ref_unique_file``) are one group, in
+the order of their first lines: one prediction and all their completions as its references. Of
+several predictions for a group the last counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Hashable
+
+import cli
+from cli import InputError
+from encoder import END_OF_TEXT, Encoder, get_encoder
+from formats import read_jsonl, read_lines, replacing
+
+
+@dataclass
+class Group:
+    """What belongs to one context; ``line`` is where it first stands in the input."""
+
+    line: int
+    references: list[str] = field(default_factory=list)
+    prediction: str | None = None
+
+
+def clean(text: str) -> str:
+    """The text up to ``<|endoftext|>`` and the first empty line, on one line.
+
+    A single line break becomes a blank: in the output files a line is a record.
+    """
+    text = text.split(END_OF_TEXT)[0].split("\n\n")[0]
+    return re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+
+
+def standard_tokenize(text: str) -> str:
+    """The text's words and its other characters, with one blank between each two."""
+    return " ".join(re.findall(r"\w+|[^\w\s]", text))
+
+
+def post_process(text: str, tokenize: bool, lower: bool) -> str:
+    """The text in lower case and tokenised, as far as wanted."""
+    if lower:
+        text = text.lower()
+    return standard_tokenize(text) if tokenize else text
+
+
+def read_keys(path: str, input_file: str, n: int) -> list[int]:
+    """The integers of a file with one a line, which must be ``n``, as in ``input_file``."""
+    keys = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            keys.append(int(line))
+        except ValueError:
+            raise InputError(f"{path}:{number}: not an integer; every line must be the id of the "
+                             f"same line of {input_file}") from None
+    if len(keys) != n:
+        raise InputError(f"{path}: {len(keys)} lines, but {input_file} has {n}; every line must "
+                         "be the id of the same line there")
+    return keys
+
+
+def group_references(path: str, records: list[dict], keys: list[Hashable],
+                     wanted: str) -> dict[Hashable, Group]:
+    """The groups of an input file's records, where record i belongs to group ``keys[i]``.
+
+    ``wanted`` is all, seen or unseen: the records whose "cate" is true or false. Raises InputError
+    for a completion without text, and if no record is wanted.
+    """
+    groups = {}
+    for line, (record, key) in enumerate(zip(records, keys), start=1):
+        if wanted != "all" and record["cate"] != (wanted == "seen"):
+            continue
+        reference = clean(record["completion"])
+        if not reference:
+            raise InputError(f"{path}:{line}: the completion has no text before its first empty "
+                             "line; give it one or remove the line")
+        groups.setdefault(key, Group(line)).references.append(reference)
+    if not groups:
+        raise InputError(f"{path}: no line is of a category {wanted} in training; "
+                         "take --filter all")
+    return groups
+
+
+def decode_samples(path: str, samples: list[dict], encoder: Encoder, keys: list[Hashable],
+                   groups: dict[Hashable, Group], input_file: str) -> None:
+    """Decodes the samples of a prediction file into their groups.
+
+    Raises InputError for an id beyond the input, for a token id outside the vocabulary, and for a
+    group without a sample.
+    """
+    for line, sample in enumerate(samples, start=1):
+        if sample["id"] >= len(keys):
+            raise InputError(f"{path}:{line}: id {sample['id']}, but {input_file} has only "
+                             f"{len(keys)} lines; give the file that the predictions are of")
+        try:
+            prediction = clean(encoder.decode(sample["predict"]))
+        except ValueError as error:
+            raise InputError(f"{path}:{line}: {error}; give the vocabulary that the model was "
+                             "trained with") from None
+        if keys[sample["id"]] in groups:
+            groups[keys[sample["id"]]].prediction = prediction
+    for group in groups.values():
+        if group.prediction is None:
+            raise InputError(f"{path}: no prediction for the context of {input_file}:{group.line};"
+                             " run src/gpt2_beam.py on all of the data")
+
+
+def reference_files(target: str, ref_type: str, ref_num: int,
+                    references: list[list[str]]) -> dict[Path, list[str]]:
+    """The lines of each reference file, where ``references`` holds a list for each prediction.
+
+    e2e: one file, an empty line after each group. webnlg, dart: ``ref_num`` files in a folder,
+    file i with the i-th reference of each group, or its first where it has fewer.
+    """
+    if ref_type == "e2e":
+        return {Path(target): [line for group in references for line in (*group, "")]}
+    return {Path(target, f"reference{i}"): [group[i if i < len(group) else 0]
+                                            for group in references]
+            for i in range(ref_num)}
+
+
+def write_together(files: dict[Path, list[str]]) -> None:
+    """Writes the lines of several files; none takes its place before all are written."""
+    with ExitStack() as stack:
+        for path, lines in files.items():
+            file = stack.enter_context(replacing(path))
+            file.writelines(f"{line}\n".encode("utf-8") for line in lines)
+
+
+def count(text: str) -> int:
+    """A number of files, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Decodes predictions and groups references.")
+    parser.add_argument("--vocab", required=True, metavar="DIR",
+                        help="folder of encoder.json and vocab.bpe")
+    parser.add_argument("--sample_file", required=True, metavar="FILE",
+                        help="predictions, from gpt2_beam.py")
+    parser.add_argument("--input_file", required=True, metavar="FILE",
+                        help="formatted JSON lines that the predictions are of")
+    parser.add_argument("--output_ref_file", required=True, metavar="PATH",
+                        help="references: a file for e2e, a folder for webnlg and dart")
+    parser.add_argument("--output_pred_file", required=True, metavar="FILE",
+                        help="decoded predictions, one a line")
+    parser.add_argument("--ref_unique_file", metavar="FILE",
+                        help="an integer for each input line; equal ones are one group "
+                             "(without it: equal contexts)")
+    parser.add_argument("--ref_type", default="e2e", choices=["e2e", "webnlg", "dart"],
+                        help="layout of the references (default %(default)s)")
+    parser.add_argument("--ref_num", type=count, default=4, metavar="N",
+                        help="number of reference files for webnlg and dart "
+                             "(default %(default)s)")
+    parser.add_argument("--tokenize", action="store_true",
+                        help="separate words and punctuation by blanks")
+    parser.add_argument("--lower", action="store_true", help="write lower case")
+    parser.add_argument("--filter", default="all", choices=["all", "seen", "unseen"],
+                        help="keep only lines whose \"cate\" is true (seen in training) or false, "
+                             "as WebNLG's have it (default %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    fields = {"context": str, "completion": str}
+    if args.filter != "all":
+        fields["cate"] = bool
+    records = read_jsonl(args.input_file, fields,
+                         "make the file with src/format_converting_e2e.py")
+    samples = read_jsonl(args.sample_file, {"id": int, "predict": list},
+                         "make the file with src/gpt2_beam.py")
+    keys = [record["context"] for record in records]
+    if args.ref_unique_file:
+        keys = read_keys(args.ref_unique_file, args.input_file, len(records))
+
+    encoder = get_encoder(args.vocab)
+    groups = group_references(args.input_file, records, keys, args.filter)
+    decode_samples(args.sample_file, samples, encoder, keys, groups, args.input_file)
+
+    def finish(text: str) -> str:
+        return post_process(text, args.tokenize, args.lower)
+
+    predictions = [finish(group.prediction) for group in groups.values()]
+    references = [[finish(text) for text in group.references] for group in groups.values()]
+    files = reference_files(args.output_ref_file, args.ref_type, args.ref_num, references)
+    pred_file = Path(args.output_pred_file)
+    if pred_file.resolve() in {path.resolve() for path in files}:
+        raise InputError(f"{pred_file}: named for the predictions and for references; give "
+                         "--output_pred_file another name")
+    write_together({**files, pred_file: predictions})
+    cli.log(f"{args.output_pred_file}: {len(predictions)} predictions; {args.output_ref_file}: "
+            f"{sum(map(len, references))} references")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,52 @@
+"""Stage 2: JSON lines of text as JSON lines of GPT-2 token ids.
+
+    python src/gpt2_encode.py --vocab DIR --input F --output F [--add_bos] [--add_eos]
+
+A completion is encoded with a blank before it, as the continuation of its context that it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import cli
+from encoder import Encoder, get_encoder
+from formats import read_jsonl, write_jsonl
+
+
+def encode_record(record: dict, encoder: Encoder, add_bos: bool, add_eos: bool) -> dict:
+    """The token ids of a record's context and completion.
+
+    ``add_bos`` ends the context with ``<|endoftext|>``, the completion's first left neighbour;
+    ``add_eos`` ends the completion with it.
+    """
+    end = [encoder.end_of_text]
+    return {"context": encoder.encode(record["context"]) + end * add_bos,
+            "completion": encoder.encode(" " + record["completion"]) + end * add_eos}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Encodes formatted JSON lines as token ids.")
+    parser.add_argument("--vocab", required=True, metavar="DIR",
+                        help="folder of encoder.json and vocab.bpe")
+    parser.add_argument("--input", required=True, metavar="FILE",
+                        help="JSON lines of texts, from format_converting_e2e.py")
+    parser.add_argument("--output", required=True, metavar="FILE",
+                        help="JSON lines of token ids")
+    parser.add_argument("--add_bos", action="store_true",
+                        help="put <|endoftext|> between context and completion")
+    parser.add_argument("--add_eos", action="store_true",
+                        help="put <|endoftext|> behind the completion")
+    args = parser.parse_args()
+
+    records = read_jsonl(args.input, {"context": str, "completion": str},
+                         "make the file with src/format_converting_e2e.py")
+    encoder = get_encoder(args.vocab)
+    encoded = [encode_record(record, encoder, args.add_bos, args.add_eos)
+               for record in cli.progress(records, "encode", unit="lines")]
+    write_jsonl(args.output, encoded)
+    cli.log(f"{args.output}: {len(encoded)} examples")
+
+
+if __name__ == "__main__":
+    cli.run(main)

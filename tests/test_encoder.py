@@ -1,0 +1,158 @@
+"""The byte-level BPE against tiktoken's gpt2."""
+
+import json
+import time
+
+import pytest
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+import encoder as module  # noqa: E402
+from cli import InputError  # noqa: E402
+
+ODD_TEXTS = [
+    "", " ", "  ", "\n", "\n\n", " \n", "a ", " a", "a  b", "a   b\n\n  c \t", "\t\tx", "\u3000x",
+    "\u00a0", "a\u00a0b", "\u2028", "\x85", "\x1c\x1d", "\x00", "\x7f", "\ufeff", "\ufffd",
+    "I'll don't 'S 'LL we've", "''s", "can\u2019t", "1234567 \u0661\u0662 \u00bd \u2167",
+    "<|endoftext|>", " <|endoftext|> x", "name : Caf\u00e9 | price : \u00a320-25||Text .",
+    "e\u0301", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0010ffff", "\u0e01\u0e33",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "hahahahahaha", "!!!!!!!!!!!!???", "\u4f60\u597d",
+]
+LONG_WORDS = ["a" * 100_000, "abracadabra" * 9_000, " " * 100_000, "-=" * 50_000]
+
+
+@pytest.fixture(scope="session")
+def encoder(vocab):
+    return module.get_encoder(vocab)
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_odd_texts(encoder, tiktoken_gpt2, text):
+    ids = encoder.encode(text)
+    assert ids == tiktoken_gpt2.encode_ordinary(text)
+    assert encoder.decode(ids) == text
+
+
+# words of the language, blanks and any characters, so that all branches of the pattern meet
+TEXT = st.lists(st.one_of(
+    st.text(max_size=12),
+    st.text(st.characters(categories=["L", "N", "Z", "M"]), max_size=12),
+    st.text(" \t\n\r\x0b\x0c\x1c\x85\u00a0\u2003\u2028\u3000", max_size=4),
+    st.sampled_from(["name", " The", "restaurant", "'s", "'ll", "'", "20", " \u00a3", "||", "."]),
+), max_size=8).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXT)
+def test_equals_tiktoken_and_inverts(encoder, tiktoken_gpt2, text):
+    ids = encoder.encode(text)
+    assert ids == tiktoken_gpt2.encode_ordinary(text)
+    assert encoder.decode(ids) == text
+
+
+def test_every_kind_of_character(encoder, tiktoken_gpt2):
+    """Letters, numbers and blanks are those of tiktoken's Unicode version; see the pin of regex."""
+    points = [*range(0, 0xD800, 3), *range(0xE000, 0x20000, 3), *range(0x20000, 0x110000, 32)]
+    for start in range(0, len(points), 2000):
+        text = "".join(f"a{chr(point)}1{chr(point)}!" for point in points[start:start + 2000])
+        assert encoder.encode(text) == tiktoken_gpt2.encode_ordinary(text), hex(points[start])
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 50256), max_size=20))
+def test_decode_equals_tiktoken(encoder, tiktoken_gpt2, ids):
+    assert encoder.decode(ids) == tiktoken_gpt2.decode(ids, errors="replace")
+
+
+def test_every_token_is_decoded(encoder, tiktoken_gpt2):
+    for token_id in range(50257):
+        expected = tiktoken_gpt2.decode_single_token_bytes(token_id).decode("utf-8", "replace")
+        assert encoder.decode([token_id]) == expected
+
+
+@pytest.mark.parametrize("ids", [[50257], [-1], [318, 10**9]])
+def test_decode_refuses_other_ids(encoder, ids):
+    with pytest.raises(ValueError, match=f"token id {ids[-1]} is outside the vocabulary"):
+        encoder.decode(ids)
+
+
+@pytest.mark.parametrize("word", LONG_WORDS, ids=lambda word: repr(word[:4]))
+def test_a_long_word_takes_seconds_at_most(encoder, word):
+    started = time.process_time()
+    ids = encoder.encode(word)
+    assert time.process_time() - started < 10  # a quadratic loop takes many minutes
+    assert encoder.decode(ids) == word
+
+
+def test_long_words_are_merged_like_short_ones(encoder, tiktoken_gpt2):
+    for word in LONG_WORDS:
+        assert encoder.encode(word[:3000]) == tiktoken_gpt2.encode_ordinary(word[:3000])
+
+
+def test_the_whole_corpus(encoder, tiktoken_gpt2, shared):
+    text = (shared / "data/e2e/train_7570.txt").read_text(encoding="utf-8")
+    started = time.process_time()
+    ids = encoder.encode(text)
+    assert time.process_time() - started < 10  # of the 60 s that all 42,061 lines may take
+    assert ids == tiktoken_gpt2.encode_ordinary(text)
+
+
+def test_the_cache_is_bounded(encoder):
+    encoder.encode("x" * (module.CACHED_LENGTH + 1))
+    before = encoder._merge_cached.cache_info()
+    encoder.encode("x" * (module.CACHED_LENGTH + 1))
+    assert encoder._merge_cached.cache_info() == before
+    assert before.maxsize == module.CACHED_WORDS
+
+
+def copy_vocabulary(vocab, folder):
+    for name in ("encoder.json", "vocab.bpe"):
+        (folder / name).write_bytes((vocab / name).read_bytes())
+    return folder / "encoder.json", folder / "vocab.bpe"
+
+
+def change_ids(tokens):
+    vocabulary = json.loads(tokens.read_text())
+    vocabulary["the"] = vocabulary["!"]
+    tokens.write_text(json.dumps(vocabulary))
+
+
+def change_token(tokens):
+    vocabulary = json.loads(tokens.read_text())
+    vocabulary["no merge makes this"] = vocabulary.pop("the")
+    tokens.write_text(json.dumps(vocabulary))
+
+
+def cut_table(table):  # at a line's end, so that every line that is left is whole
+    table.write_text("".join(table.read_text(encoding="utf-8").splitlines(keepends=True)[:-100]),
+                     encoding="utf-8")
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda tokens, table: tokens.unlink(), "encoder.json: no such file"),
+    (lambda tokens, table: table.unlink(), "vocab.bpe: no such file"),
+    (lambda tokens, table: tokens.write_text(tokens.read_text()[:99]), "encoder.json: not JSON"),
+    (lambda tokens, table: tokens.write_text("[1, 2]"), "encoder.json: not a JSON object"),
+    (lambda tokens, table: tokens.write_text('{"a": "b"}'), "encoder.json: not a JSON object"),
+    (lambda tokens, table: tokens.write_bytes(b"\xff\xfe"), "encoder.json:1: not UTF-8"),
+    (lambda tokens, table: table.write_text("#version: 0.2\nh e\nhe\n"), "vocab.bpe:3: not two"),
+    (lambda tokens, table: table.write_bytes(b""), "do not fit together"),
+    (lambda tokens, table: cut_table(table), "do not fit together"),
+    (lambda tokens, table: change_ids(tokens), "do not fit together"),
+    (lambda tokens, table: change_token(tokens), "do not fit together"),
+])
+def test_damaged_vocabulary(vocab, tmp_path, damage, message):
+    damage(*copy_vocabulary(vocab, tmp_path))
+    with pytest.raises(InputError) as error:
+        module.get_encoder(tmp_path)
+    assert message in str(error.value)
+    assert f"python vocab/download_vocab.py {tmp_path}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_merge_of_what_is_no_token():
+    symbols = {symbol: i for i, symbol in enumerate(module.byte_symbols())}
+    with pytest.raises(ValueError, match="'ab', which is no token"):
+        module.Encoder({**symbols, "abc": 256, module.END_OF_TEXT: 257}, [("ab", "c")])

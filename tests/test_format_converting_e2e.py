@@ -1,0 +1,123 @@
+"""Stage 1 against the original's output, and against what users get wrong."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+
+import format_converting_e2e as stage
+
+LINES = [f"name : Place {i % 40}||This is text {i} ." for i in range(250)]
+
+
+@pytest.fixture
+def convert(root, tmp_path):
+    """Runs the script on the given bytes; returns the process and the output file."""
+    def run(data, *flags):
+        source, target = tmp_path / "raw.txt", tmp_path / "formatted.jsonl"
+        if data is not None:
+            source.write_bytes(data)
+        process = subprocess.run(
+            [sys.executable, root / "src/format_converting_e2e.py", source, target, *flags],
+            capture_output=True, text=True)
+        return process, target
+    return run
+
+
+def raw(lines, end="\n"):
+    return "".join(line + end for line in lines).encode()
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["test", "valid"])
+def test_equals_the_original(convert, shared, name):
+    process, target = convert((shared / f"data/e2e/{name}.txt").read_bytes())
+    assert process.returncode == 0, process.stderr
+    expected = shared / f"expected/e2e/{name}_formatted.jsonl"
+    assert target.read_bytes() == expected.read_bytes()
+
+
+def test_draws_the_examples_that_the_description_gives(convert):
+    process, target = convert(raw(LINES), "--fraction", "0.1", "--seed", "7")
+    assert process.returncode == 0, process.stderr
+    random.seed(7)
+    drawn, expected = set(), []
+    while len(expected) < 25:
+        context, completion = random.choice(LINES).split("||")
+        if context not in drawn:
+            drawn.add(context)
+            expected.append({"context": context, "completion": completion})
+    assert records(target) == expected
+
+
+def test_fraction_one_keeps_order_and_duplicates(convert):
+    lines = LINES + LINES[:3]
+    process, target = convert(raw(lines), "--fraction", "1")
+    assert process.returncode == 0, process.stderr
+    assert [f"{r['context']}||{r['completion']}" for r in records(target)] == lines
+
+
+@pytest.mark.parametrize("n, share, drawn", [(100, "0.01", 1), (199, "0.01", 1), (200, "0.01", 2),
+                                             (100, "0.29", 29), (100, "0.07", 7)])
+def test_a_share_is_exact(convert, n, share, drawn):  # 100 * 0.29 is 28.999999999999996 in floats
+    lines = [f"name : {i}||text" for i in range(n)]
+    process, target = convert(raw(lines), "--fraction", share)
+    assert process.returncode == 0, process.stderr
+    assert len(records(target)) == drawn
+
+
+def test_all_contexts_can_be_drawn(convert):
+    process, target = convert(raw(LINES), "--fraction", "0.16")  # 40 of 40
+    assert process.returncode == 0, process.stderr
+    assert {r["context"] for r in records(target)} == {line.split("||")[0] for line in LINES}
+
+
+def test_byte_order_mark_crlf_and_blanks_are_not_text(convert):
+    data = b"\xef\xbb\xbf" + raw(["a : b||One . ", " c : d||Caf\u00e9 ||\u00a35 .\t"], "\r\n")
+    process, target = convert(data, "--fraction", "1")
+    assert process.returncode == 0, process.stderr
+    assert records(target) == [{"context": "a : b", "completion": "One ."},
+                               {"context": "c : d", "completion": "Caf\u00e9 ||\u00a35 ."}]
+
+
+@pytest.mark.parametrize("data, flags, place, remedy", [
+    (None, [], "raw.txt: no such file", "bash data/download_data.sh"),
+    (b"", [], "raw.txt: the file is empty", "bash data/download_data.sh"),
+    (b"a||b\nc d\n", [], 'raw.txt:2: no "||"', "meaning representation||text"),
+    (b"a||b\n\nc||d\n", [], 'raw.txt:2: no "||"', "meaning representation||text"),
+    (b"a||b\nc||caf\xe9\n", [], "raw.txt:2: not UTF-8", "iconv"),
+    (raw(LINES[:99]), [], "raw.txt: a share of 0.01 of 99 lines", "larger --fraction"),
+    (raw(LINES), ["--fraction", "0.164"], "raw.txt: 41 different", "smaller --fraction"),
+])
+def test_mistakes_end_in_one_line(convert, data, flags, place, remedy):
+    process, target = convert(data, *flags)
+    assert process.returncode == 1
+    assert len(process.stderr.splitlines()) == 1
+    assert place in process.stderr and remedy in process.stderr
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("share", ["0", "-0.5", "1.01", "nan", "inf", "half", ""])
+def test_no_such_share(convert, share):
+    process, target = convert(raw(LINES), f"--fraction={share}")
+    assert process.returncode == 2
+    assert "--fraction" in process.stderr and "Traceback" not in process.stderr
+    assert not target.exists()
+
+
+def test_an_error_leaves_the_old_output(convert):
+    _, target = convert(raw(LINES))
+    old = target.read_bytes()
+    process, _ = convert(b"no separator\n")
+    assert process.returncode == 1
+    assert target.read_bytes() == old
+
+
+def test_draw_does_not_loop_for_ever():
+    with pytest.raises(ValueError, match="3 different .* wanted, there are 2"):
+        stage.draw([{"context": c, "completion": ""} for c in "aab"], 3, 0)

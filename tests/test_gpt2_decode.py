@@ -1,0 +1,226 @@
+"""Stage 5 against the original's references and rules, and against what users get wrong."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+import gpt2_decode as stage
+
+END, EMPTY_LINE = 50256, 628
+
+# two inputs of one context, apart from each other; "cate" as in WebNLG's files
+RECORDS = [
+    {"context": "name : A", "completion": "A is Good.", "cate": True},
+    {"context": "name : B", "completion": "B, isn't!<|endoftext|>not this", "cate": False},
+    {"context": "name : A", "completion": "A is a Place.\n\nnor this", "cate": True},
+]
+FLAGS = ["vocab", "sample_file", "input_file", "output_ref_file", "output_pred_file"]
+
+
+@pytest.fixture
+def sample(tiktoken_gpt2):
+    """Makes a line of a prediction file."""
+    def make(i, text, *behind):
+        return {"id": i, "predict": [*tiktoken_gpt2.encode_ordinary(text), *behind]}
+    return make
+
+
+@pytest.fixture
+def samples(sample):
+    return [sample(0, " A is first.", END, 0, 0), sample(1, " B is it\u2019s", EMPTY_LINE, 0, 0),
+            sample(2, " A, the Last one.", END)]
+
+
+@pytest.fixture
+def decode(root, vocab, tmp_path):
+    """Runs the script on the given records; returns the process, the references' path and the
+    predictions' path. None leaves a file out, bytes are written as they are."""
+    def run(records, samples, *flags):
+        paths = {flag: tmp_path / flag for flag in FLAGS[1:]}
+        for flag, lines in (("input_file", records), ("sample_file", samples)):
+            if isinstance(lines, list):
+                lines = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            if lines is not None:
+                paths[flag].write_bytes(lines)
+        paths["vocab"] = vocab
+        named = [text for flag, path in paths.items() for text in (f"--{flag}", path)]
+        process = subprocess.run([sys.executable, root / "src/gpt2_decode.py", *named, *flags],
+                                 capture_output=True, text=True)
+        return process, paths["output_ref_file"], paths["output_pred_file"]
+    return run
+
+
+def test_references_of_the_original(decode, shared):
+    folder = shared / "expected"
+    n = len((folder / "e2e/test.jsonl").read_text().splitlines())
+    process, references, predictions = decode(
+        (folder / "e2e/test_formatted.jsonl").read_bytes(),
+        [{"id": i, "predict": [317, 764, END]} for i in range(n)])
+    assert process.returncode == 0, process.stderr
+    assert references.read_bytes() == (folder / "metrics/ref.txt").read_bytes()
+    assert predictions.read_bytes() == b"A .\n" * n
+
+
+def test_encoded_completions_come_back_as_text(decode, shared):
+    """Stages 2 and 5 are inverse: the ids of the expected file give its completions."""
+    folder = shared / "expected/e2e"
+    ids = [json.loads(line)["completion"] for line in open(folder / "test.jsonl")]
+    texts = [json.loads(line)["completion"] for line in open(folder / "test_formatted.jsonl")]
+    process, _, predictions = decode((folder / "test_formatted.jsonl").read_bytes(),
+                                     [{"id": i, "predict": list_} for i, list_ in enumerate(ids)])
+    assert process.returncode == 0, process.stderr
+    assert predictions.read_text(encoding="utf-8") == "".join(f"{text}\n" for text in texts)
+
+
+def test_groups_and_cuts(decode, samples):
+    process, references, predictions = decode(RECORDS, samples)
+    assert process.returncode == 0, process.stderr
+    assert references.read_text() == "A is Good.\nA is a Place.\n\nB, isn't!\n\n"
+    assert predictions.read_text(encoding="utf-8") == "A, the Last one.\nB is it\u2019s\n"
+
+
+def test_the_order_of_samples_is_free_and_one_a_context_is_enough(decode, samples):
+    process, _, predictions = decode(RECORDS, [samples[1], samples[0]])
+    assert process.returncode == 0, process.stderr
+    assert predictions.read_text(encoding="utf-8") == "A is first.\nB is it\u2019s\n"
+
+
+def test_tokenize_and_lower(decode, samples):
+    process, references, predictions = decode(RECORDS, samples, "--tokenize", "--lower")
+    assert process.returncode == 0, process.stderr
+    assert references.read_text() == "a is good .\na is a place .\n\nb , isn ' t !\n\n"
+    assert predictions.read_text(encoding="utf-8") == "a , the last one .\nb is it \u2019 s\n"
+
+
+@pytest.mark.parametrize("kind", ["webnlg", "dart"])
+def test_a_folder_of_references(decode, samples, kind):
+    process, references, predictions = decode(RECORDS, samples, "--ref_type", kind,
+                                              "--ref_num", "3")
+    assert process.returncode == 0, process.stderr
+    assert {path.name: path.read_text() for path in references.iterdir()} == {
+        "reference0": "A is Good.\nB, isn't!\n",
+        "reference1": "A is a Place.\nB, isn't!\n",
+        "reference2": "A is Good.\nB, isn't!\n"}
+    assert len(predictions.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_four_references_unless_given(decode, samples):
+    process, references, _ = decode(RECORDS, samples, "--ref_type", "webnlg")
+    assert process.returncode == 0, process.stderr
+    assert sorted(path.name for path in references.iterdir()) == [
+        f"reference{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("wanted, expected", [
+    ("seen", "A, the Last one.\n"), ("unseen", "B is it\u2019s\n")])
+def test_filter(decode, samples, wanted, expected):
+    process, references, predictions = decode(RECORDS, samples, "--filter", wanted)
+    assert process.returncode == 0, process.stderr
+    assert predictions.read_text(encoding="utf-8") == expected
+    assert references.read_text().count("\n\n") == 1
+
+
+def test_groups_by_unique_ids(decode, samples, tmp_path):
+    unique = tmp_path / "unique"
+    unique.write_text("7\n7\n3\n")
+    process, references, predictions = decode(RECORDS, samples, "--ref_unique_file", unique)
+    assert process.returncode == 0, process.stderr
+    assert references.read_text() == "A is Good.\nB, isn't!\n\nA is a Place.\n\n"
+    assert predictions.read_text(encoding="utf-8") == "B is it\u2019s\nA, the Last one.\n"
+
+
+@pytest.mark.parametrize("ids, message", [
+    ("7\n7\n", "unique: 2 lines, but"), ("7\n7\n3\n3\n", "unique: 4 lines, but"),
+    ("7\nx\n3\n", "unique:2: not an integer"), (None, "unique: no such file")])
+def test_wrong_unique_ids(decode, samples, tmp_path, ids, message):
+    unique = tmp_path / "unique"
+    if ids is not None:
+        unique.write_text(ids)
+    process, references, predictions = decode(RECORDS, samples, "--ref_unique_file", unique)
+    check_mistake(process, message, references, predictions)
+
+
+def test_a_prediction_is_one_line(decode, sample):
+    """A line break within it would shift every later prediction against its references."""
+    process, _, predictions = decode(RECORDS[:2], [sample(0, " A\nis \r\n here", END),
+                                                   sample(1, "\n", END)])
+    assert process.returncode == 0, process.stderr
+    assert predictions.read_bytes() == b"A is here\n\n"
+
+
+def check_mistake(process, message, *outputs):
+    assert process.returncode == 1
+    assert len(process.stderr.splitlines()) == 1 and message in process.stderr
+    assert not any(path.exists() for path in outputs)
+
+
+@pytest.mark.parametrize("change, flags, message", [
+    (lambda r, s: (None, s), [], "input_file: no such file"),
+    (lambda r, s: (r, None), [], "sample_file: no such file"),
+    (lambda r, s: (b"", s), [], "input_file: the file is empty"),
+    (lambda r, s: (r, b""), [], "sample_file: the file is empty"),
+    (lambda r, s: ([*r, {"context": "x"}], s), [], 'input_file:4: no "completion"'),
+    (lambda r, s: ([{**r[0], "completion": " \n\n x"}, *r[1:]], s), [], "input_file:1: the compl"),
+    (lambda r, s: (r, [*s, {"id": 3, "predict": []}]), [], "sample_file:4: id 3, but"),
+    (lambda r, s: (r, [*s, {"id": -1, "predict": []}]), [], 'sample_file:4: "id" must be'),
+    (lambda r, s: (r, [*s, {"id": "1", "predict": []}]), [], 'sample_file:4: "id" must be'),
+    (lambda r, s: (r, [*s, {"id": 1}]), [], 'sample_file:4: no "predict"'),
+    (lambda r, s: (r, [*s, {"id": 1, "predict": [1.5]}]), [], 'sample_file:4: "predict" must be'),
+    (lambda r, s: (r, [*s, {"id": 1, "predict": [50257]}]), [], "sample_file:4: token id 50257"),
+    (lambda r, s: (r, [s[0], s[2]]), [], "input_file:2; run src/gpt2_beam.py"),
+    (lambda r, s: ([{"context": "a", "completion": "b"}], s[:1]), ["--filter", "seen"],
+     'input_file:1: no "cate"'),
+    (lambda r, s: ([{**r[0], "cate": "Food"}], s[:1]), ["--filter", "seen"],
+     'input_file:1: "cate" must be true or false'),
+    (lambda r, s: (r[:1], s[:1]), ["--filter", "unseen"], "no line is of a category unseen"),
+])
+def test_mistakes_end_in_one_line(decode, samples, change, flags, message):
+    process, references, predictions = decode(*change(RECORDS, samples), *flags)
+    check_mistake(process, message, references, predictions)
+
+
+def test_both_outputs_or_neither(decode, samples, tmp_path):
+    (tmp_path / "taken").write_text("old")
+    for flag in ("--output_pred_file", "--output_ref_file"):
+        process, references, predictions = decode(RECORDS, samples, flag, tmp_path)  # a folder
+        check_mistake(process, "is a folder", references, predictions)
+    process, references, predictions = decode(RECORDS, samples, "--ref_type", "dart",
+                                              "--output_ref_file", tmp_path / "taken")
+    check_mistake(process, "cannot be written", references, predictions)
+    assert (tmp_path / "taken").read_text() == "old"
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_one_file_for_both_outputs(decode, samples, tmp_path):
+    both = tmp_path / "output_ref_file"
+    process, references, predictions = decode(RECORDS, samples, "--output_pred_file", both)
+    check_mistake(process, "give --output_pred_file another name", references, predictions)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_required_flags(root, flag):
+    flags = [text for name in FLAGS if name != flag for text in (f"--{name}", "x")]
+    process = subprocess.run([sys.executable, root / "src/gpt2_decode.py", *flags],
+                             capture_output=True, text=True)
+    assert process.returncode == 2 and f"--{flag}" in process.stderr
+
+
+@pytest.mark.parametrize("flags", [["--ref_num", "0"], ["--ref_num", "two"],
+                                   ["--ref_type", "xsum"], ["--filter", "none"]])
+def test_wrong_flags(decode, samples, flags):
+    process, references, predictions = decode(RECORDS, samples, *flags)
+    assert process.returncode == 2 and flags[0] in process.stderr
+    assert not references.exists() and not predictions.exists()
+
+
+def test_standard_tokenize_splits_at_every_character_that_is_no_word():
+    hypothesis = pytest.importorskip("hypothesis")
+
+    @hypothesis.given(hypothesis.strategies.text())
+    def check(text):
+        assert stage.standard_tokenize(text) == " ".join(" ".join(re.split(r"(\W)", text)).split())
+
+    check()

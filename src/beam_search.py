@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 import jittor as jt
 import numpy as np
 
-from model import GPT2LMModel, KeyValueCache
+from model import GPT2LMModel
 
 Tokens = tuple[int, ...]
 # Rounding may lift a sum of log probabilities this much above the exact one, relative to it.
@@ -60,12 +60,10 @@ def search(model: GPT2LMModel, queries: Sequence[Tokens], options: BeamOptions) 
         padded[row, :len(query)] = query
     model.eval()
     with jt.no_grad():
-        cache: KeyValueCache
-        logits, cache = model.start(padded, query_len)  # (B, V)
+        logits, cache = model.start(padded, query_len, capacity=options.eval_len)  # (B, V)
         origin = state.advance(logits.numpy())
         while not state.over():
-            cache.reorder(origin)
-            logits = model.step(state.last_tokens(), cache)  # (B * K, V)
+            logits = model.step(state.last_tokens(), origin, cache)  # (B * K, V)
             origin = state.advance(logits.numpy())
     return state.finish()
 

@@ -5,8 +5,6 @@ Shapes in comments: B samples, T tokens, C = n_embd, H = n_head, D = C / H, V = 
 
 from __future__ import annotations
 
-import math
-
 import jittor as jt
 import numpy as np
 from jittor import nn
@@ -36,6 +34,9 @@ class Conv1D(nn.Module):
     def execute(self, x):  # (N, n_in) -> (N, n_out)
         return jt.matmul(x, self.weight) + self.bias
 
+    def gelu(self, x):  # the same, then GELU
+        return ops.bias_gelu(jt.matmul(x, self.weight), self.bias)
+
 
 class Attention(nn.Module):
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig):
@@ -49,8 +50,8 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).reshape((batch, -1, 3, self.n_head, x.shape[1] // self.n_head))
         if layer_cache is None:
             mixed = ops.causal_attention(qkv)  # (B, T, H, D)
-        elif layer_cache.query_keys is None:
-            layer_cache.keep_query(qkv)
+        elif layer_cache.prefix is None:
+            layer_cache.prefix = qkv
             mixed = ops.causal_attention(qkv)
         else:
             mixed = layer_cache.attend(qkv)
@@ -63,7 +64,7 @@ class MLP(nn.Module):
         self.c_proj = Conv1D(4 * config.n_embd, config.n_embd)
 
     def execute(self, x):
-        return self.c_proj(ops.gelu(self.c_fc(x)))
+        return self.c_proj(self.c_fc.gelu(x))
 
 
 class Block(nn.Module):
@@ -132,82 +133,70 @@ class GPT2LMModel(nn.Module):
         weights = mask.ravel()[rows].astype(np.float32)  # (N,)
         return (losses * jt.array(weights)).sum() / float(mask.sum() + 0.0001)
 
-    def start(self, query: np.ndarray, query_len: np.ndarray) -> tuple[jt.Var, KeyValueCache]:
+    def start(self, query: np.ndarray, query_len: np.ndarray,
+              capacity: int) -> tuple[jt.Var, KeyValueCache]:
         """Runs B queries: query (B, Q) padded on the right, query_len (B,) their lengths >= 1.
 
-        Returns the logits (B, V) at each one's last token, and a cache to go on with.
+        Returns the logits (B, V) at each one's last token, and a cache to go on with for at most
+        ``capacity`` steps.
         """
-        cache = KeyValueCache(self.config.n_layer, query_len)
+        cache = KeyValueCache(self.config.n_layer, query_len, capacity)
         positions = np.broadcast_to(np.arange(query.shape[1]), query.shape)
         hidden = self.transformer(_int32(query), _int32(positions), cache)  # (B * Q, C)
         last = np.arange(len(query)) * query.shape[1] + query_len - 1  # (B,)
         return self.logits(hidden[_int32(last)]), cache
 
-    def step(self, token_ids: np.ndarray, cache: KeyValueCache) -> jt.Var:
-        """One more token for each beam: token_ids (B, beams) -> logits (B * beams, V)."""
-        batch, beams = token_ids.shape
-        positions = np.repeat(cache.query_len + cache.generated, beams).reshape(batch, beams)
-        cache.generated += 1
-        hidden = self.transformer(_int32(token_ids), _int32(positions), cache)
+    def step(self, token_ids: np.ndarray, origin: np.ndarray, cache: KeyValueCache) -> jt.Var:
+        """One more token for each of K beams: token_ids (B, K) -> logits (B * K, V).
+
+        Row i of the B * K goes on from row origin[i] of the step before (at the first: ignored).
+        Fetch the logits before the next step, see ops.beam_attention.
+        """
+        positions = np.repeat(cache.query_len + cache.generated, token_ids.shape[1])
+        cache.advance(np.asarray(origin), token_ids.size)
+        hidden = self.transformer(_int32(token_ids), _int32(positions.reshape(token_ids.shape)),
+                                  cache)
         return self.logits(hidden)
 
 
 class KeyValueCache:
-    """Keys and values of what was read: a sample's query once, generated tokens for each beam.
+    """Keys and values of what was read: of a sample's query once, of generated tokens a beam.
 
-    ``query_len`` (B,) int, ``generated`` the number of tokens generated so far.
+    Nothing moves when beams are reordered: each keeps the list of rows it descends from.
     """
 
-    def __init__(self, n_layer: int, query_len: np.ndarray):
-        self.query_len, self.generated = np.asarray(query_len), 0
-        self.layers = [LayerCache(self.query_len) for _ in range(n_layer)]
+    def __init__(self, n_layer: int, query_len: np.ndarray, capacity: int):
+        self.query_len, self.capacity = np.asarray(query_len), capacity
+        self.ancestors = np.zeros((0, 0), np.int32)  # (t, B * K): rows of the steps so far
+        self.layers = [LayerCache(self) for _ in range(n_layer)]
+        self.query_len_var = _int32(self.query_len)
 
-    def reorder(self, beam_idx: np.ndarray) -> None:
-        """Lets row i of B * beams go on from row beam_idx[i]; the queries are shared and stay."""
-        if not self.generated:
-            return
-        order = _int32(beam_idx)
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[order], layer.values[order]
+    @property
+    def generated(self) -> int:
+        """The number of steps so far."""
+        return len(self.ancestors)
+
+    def advance(self, origin: np.ndarray, rows: int) -> None:
+        """Begins a step whose row i goes on from row origin[i]."""
+        past = self.ancestors[:, origin] if self.generated else np.zeros((0, rows), np.int32)
+        self.ancestors = np.concatenate([past, np.arange(rows, dtype=np.int32)[None]])
+        self.ancestors_var = _int32(self.ancestors)
 
 
 class LayerCache:
     """One layer's share of a KeyValueCache."""
 
-    def __init__(self, query_len: np.ndarray):
-        self.query_len = query_len
-        self.query_keys = self.query_values = None  # (B, H, Q, D)
-        self.keys = self.values = None  # (B * beams, H, t, D)
-
-    def keep_query(self, qkv: jt.Var) -> None:  # (B, Q, 3, H, D)
-        self.query_keys = qkv[:, :, 1].transpose(0, 2, 1, 3)
-        self.query_values = qkv[:, :, 2].transpose(0, 2, 1, 3)
+    def __init__(self, cache: KeyValueCache):
+        self.cache = cache
+        self.prefix = None  # (B, Q, 3, H, D): query, key and value of the queries
+        self.store = None  # keys and values of generated tokens, see ops.beam_attention
 
     def attend(self, qkv: jt.Var) -> jt.Var:
-        """One new token for each beam: qkv (B, beams, 3, H, D) -> (B, beams, H, D)."""
-        batch, beams, _, heads, depth = qkv.shape
-        q, k, v = (qkv[:, :, i].reshape((batch * beams, heads, 1, depth)) for i in range(3))
-        q = q / math.sqrt(depth)
-        if self.keys is not None:
-            k, v = jt.concat([self.keys, k], dim=2), jt.concat([self.values, v], dim=2)
-        self.keys, self.values = k, v  # (B * beams, H, t, D)
-
-        # All beams of a sample look at the one copy of its query ...
-        shared = q.reshape((batch, beams, heads, depth)).transpose(0, 2, 1, 3)  # (B, H, beams, D)
-        on_query = jt.matmul(shared, self.query_keys.transpose(0, 1, 3, 2))  # (B, H, beams, Q)
-        real = jt.array(np.arange(on_query.shape[3]) < self.query_len[:, None])  # (B, Q)
-        real = real.broadcast(on_query.shape, dims=[1, 2])
-        on_query = jt.ternary(real, on_query, jt.full(on_query.shape, ops.MASKED))
-        # ... and each at the tokens it has generated itself.
-        on_beam = jt.matmul(q, k.transpose(0, 1, 3, 2))  # (B * beams, H, 1, t)
-        on_beam = on_beam.reshape((batch, beams, heads, -1)).transpose(0, 2, 1, 3)
-        weights = ops.plain_softmax(jt.concat([on_query, on_beam], dim=3))  # (B, H, beams, Q + t)
-
-        split = on_query.shape[3]
-        mixed = jt.matmul(weights[:, :, :, :split], self.query_values)  # (B, H, beams, D)
-        on_beam = weights[:, :, :, split:].transpose(0, 2, 1, 3)  # (B, beams, H, t)
-        own = jt.matmul(on_beam.reshape((batch * beams, heads, 1, -1)), v)  # (B * beams, H, 1, D)
-        return mixed.transpose(0, 2, 1, 3) + own.reshape((batch, beams, heads, depth))
+        """One new token for each beam: qkv (B, K, 3, H, D) -> (B, K, H, D)."""
+        mixed, self.store = ops.beam_attention(
+            qkv, self.prefix, self.cache.query_len_var, self.store, self.cache.ancestors_var,
+            self.cache.capacity)
+        return mixed
 
 
 def _int32(array: np.ndarray) -> jt.Var:

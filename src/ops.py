@@ -173,38 +173,146 @@ _GELU_HEADER = _HEADER + r"""
     }
 """
 _GELU = r"""
-    const int64 num = (int64)in0_shape0 * in0_shape1;
-    #pragma omp parallel for simd
-    for (int64 i = 0; i < num; i++) out0_p[i] = in0_p[i] * gate(in0_p[i]);
+    const int C = in0_shape1;
+    #pragma omp parallel for
+    for (int n = 0; n < in0_shape0; n++)
+        for (int c = 0; c < C; c++) {
+            float x = in0_p[(int64)n * C + c] + in1_p[c];
+            out0_p[(int64)n * C + c] = x * gate(x);
+        }
 """
 _GELU_GRAD = r"""
-    const int64 num = (int64)in0_shape0 * in0_shape1;
-    #pragma omp parallel for simd
-    for (int64 i = 0; i < num; i++) {
-        float x = in0_p[i], g = gate(x), slope = 1.5957691216f * (1 + 0.134145f * x * x);
-        out0_p[i] = in1_p[i] * (g + x * g * (1 - g) * slope);
+    const int C = in0_shape1;
+    #pragma omp parallel for
+    for (int n = 0; n < in0_shape0; n++)
+        for (int c = 0; c < C; c++) {
+            int64 i = (int64)n * C + c;
+            float x = in0_p[i] + in1_p[c], g = gate(x);
+            float slope = 1.5957691216f * (1 + 0.134145f * x * x);
+            out0_p[i] = in2_p[i] * (g + x * g * (1 - g) * slope);
+        }
+"""
+
+
+class _BiasGelu(jt.Function):
+    def execute(self, x, bias):
+        self.saved = x, bias
+        return jt.code(x.shape, "float32", [x, bias], cpu_header=_GELU_HEADER, cpu_src=_GELU)
+
+    def grad(self, grad):
+        x, bias = self.saved
+        grad_x = jt.code(x.shape, "float32", [x, bias, grad],
+                         cpu_header=_GELU_HEADER, cpu_src=_GELU_GRAD)
+        return grad_x, grad_x.sum(dim=0)
+
+
+def bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:
+    """GELU of x (N, C) + bias (C,)."""
+    return plain_bias_gelu(x, bias) if jt.flags.use_cuda else _BiasGelu.apply(x, bias)
+
+
+def plain_bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:
+    """:func:`bias_gelu` in Jittor's own operators."""
+    x = x + bias
+    return 0.5 * x * (1 + jt.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA's way up: from rank r back to the width of the enabled projections
+# ---------------------------------------------------------------------------------------------
+
+# in0: y (N, out), in1: bias (out), in2: low (N, r * groups), in3: lora_B (width * groups, r),
+# in4: scaling, in5: for each group the first column of its projection
+_LORA_UP = r"""
+    const int C = in0_shape1, R = in3_shape1, groups = in5_shape0, width = in3_shape0 / groups;
+    #pragma omp parallel for
+    for (int n = 0; n < in0_shape0; n++) {
+        float* out = out0_p + (int64)n * C;
+        for (int c = 0; c < C; c++) out[c] = in0_p[(int64)n * C + c] + in1_p[c];
+        for (int group = 0; group < groups; group++) {
+            const float* low = in2_p + ((int64)n * groups + group) * R;
+            const float* up = in3_p + (int64)group * width * R;
+            float* part = out + in5_p[group];
+            for (int c = 0; c < width; c++) {
+                float dot = 0;
+                for (int r = 0; r < R; r++) dot += low[r] * up[c * R + r];
+                part[c] += dot * in4_p[0];
+            }
+        }
+    }
+"""
+# in0: gradient (N, out), in1: low, in2: lora_B, in3: scaling, in4: columns
+_LORA_UP_GRAD_LOW = r"""
+    const int C = in0_shape1, R = in2_shape1, groups = in4_shape0, width = in2_shape0 / groups;
+    #pragma omp parallel for
+    for (int n = 0; n < in0_shape0; n++)
+        for (int group = 0; group < groups; group++) {
+            const float* g = in0_p + (int64)n * C + in4_p[group];
+            const float* up = in2_p + (int64)group * width * R;
+            float* low = out0_p + ((int64)n * groups + group) * R;
+            for (int r = 0; r < R; r++) low[r] = 0;
+            for (int c = 0; c < width; c++)
+                for (int r = 0; r < R; r++) low[r] += g[c] * up[c * R + r] * in3_p[0];
+        }
+"""
+_LORA_UP_GRAD_B = r"""
+    const int C = in0_shape1, R = in2_shape1, groups = in4_shape0, width = in2_shape0 / groups;
+    #pragma omp parallel for
+    for (int row = 0; row < in2_shape0; row++) {
+        const int group = row / width, column = in4_p[group] + row % width;
+        float* up = out0_p + (int64)row * R;
+        for (int r = 0; r < R; r++) up[r] = 0;
+        for (int n = 0; n < in0_shape0; n++) {
+            const float* low = in1_p + ((int64)n * groups + group) * R;
+            float g = in0_p[(int64)n * C + column] * in3_p[0];
+            for (int r = 0; r < R; r++) up[r] += g * low[r];
+        }
     }
 """
 
 
-class _Gelu(jt.Function):
-    def execute(self, x):
-        self.x = x
-        return jt.code(x.shape, "float32", [x], cpu_header=_GELU_HEADER, cpu_src=_GELU)
+class _LoRAUp(jt.Function):
+    def execute(self, y, bias, low, lora_B, scaling, columns):
+        scaling, columns = jt.array(np.float32([scaling])), jt.array(np.int32(columns))
+        self.saved = low, lora_B, scaling, columns
+        return jt.code(y.shape, "float32", [y, bias, low, lora_B, scaling, columns],
+                       cpu_header=_HEADER, cpu_src=_LORA_UP)
 
     def grad(self, grad):
-        return jt.code(self.x.shape, "float32", [self.x, grad],
-                       cpu_header=_GELU_HEADER, cpu_src=_GELU_GRAD)
+        low, lora_B, scaling, columns = self.saved
+        inputs = [grad, low, lora_B, scaling, columns]
+        grad_low = jt.code(low.shape, "float32", inputs,
+                           cpu_header=_HEADER, cpu_src=_LORA_UP_GRAD_LOW)
+        grad_B = jt.code(lora_B.shape, "float32", inputs,
+                         cpu_header=_HEADER, cpu_src=_LORA_UP_GRAD_B)
+        return grad, grad.sum(dim=0), grad_low, grad_B, None, None
 
 
-def gelu(x: jt.Var) -> jt.Var:
-    """Element by element, x (N, C)."""
-    return plain_gelu(x) if jt.flags.use_cuda else _Gelu.apply(x)
+def lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float,
+            columns: list[int]) -> jt.Var:
+    """y (N, out) + bias (out,) + scaling * low lora_B^T in the columns of the enabled projections.
+
+    low (N, r * groups), lora_B (width * groups, r); group g adds its (N, width) from columns[g] on.
+    """
+    if jt.flags.use_cuda:
+        return plain_lora_up(y, bias, low, lora_B, scaling, columns)
+    return _LoRAUp.apply(y, bias, low, lora_B, scaling, columns)
 
 
-def plain_gelu(x: jt.Var) -> jt.Var:
-    """:func:`gelu` in Jittor's own operators."""
-    return 0.5 * x * (1 + jt.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+def plain_lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float,
+                  columns: list[int]) -> jt.Var:
+    """:func:`lora_up` in Jittor's own operators."""
+    rank, width = lora_B.shape[1], lora_B.shape[0] // len(columns)
+    parts, end = [], 0
+    for group, column in enumerate(columns):
+        if column > end:
+            parts.append(jt.zeros((y.shape[0], column - end)))
+        own = low[:, group * rank:(group + 1) * rank]  # (N, r)
+        parts.append(jt.nn.matmul_transpose(own, lora_B[group * width:(group + 1) * width]))
+        end = column + width
+    if end < y.shape[1]:
+        parts.append(jt.zeros((y.shape[0], y.shape[1] - end)))
+    return y + bias + jt.concat(parts, dim=1) * scaling
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,6 +425,95 @@ def plain_softmax(scores: jt.Var) -> jt.Var:
     """Over the last axis; scores of MASKED come out as exactly 0."""
     weights = jt.exp(scores - scores.max(dim=-1, keepdims=True))
     return weights / weights.sum(dim=-1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention of one new token a beam
+# ---------------------------------------------------------------------------------------------
+
+# in0: qkv (B, K, 3, H, D) of the new tokens, in1: prefix (B, Q, 3, H, D), in2: query_len (B)
+# in3: store (capacity, B * K, 2, H, D), in4: ancestors (t + 1, B * K), the last row the beams'own
+_BEAM_ATTENTION = r"""
+    const int K = in0_shape1, H = in0_shape3, D = in0_shape4, Q = in1_shape1;
+    const int rows = in0_shape0 * K, steps = in4_shape0, width = H * D;
+    const float scale = 1 / std::sqrt((float)D);
+    float* store = in3_p + (int64)(steps - 1) * rows * 2 * width;
+    for (int row = 0; row < rows; row++)  // the new keys and values stand behind the query
+        std::copy_n(in0_p + ((int64)row * 3 + 1) * width, 2 * width, store + (int64)row * 2 * width);
+    #pragma omp parallel for
+    for (int item = 0; item < rows * H; item++) {
+        const int row = item / H, h = item % H, b = row / K, seen = in2_p[b];
+        const float* q = in0_p + (int64)row * 3 * width + h * D;
+        const float* prefix = in1_p + (int64)b * Q * 3 * width + h * D;
+        float* y = out0_p + (int64)row * width + h * D;
+        std::vector<float> p(seen + steps);
+        auto key = [&](int j) -> const float* {
+            if (j < seen) return prefix + (int64)j * 3 * width + width;
+            j -= seen;
+            return in3_p + ((int64)j * rows + in4_p[(int64)j * rows + row]) * 2 * width + h * D;
+        };
+        float high = -1e30f, sum = 0;
+        for (int j = 0; j < seen + steps; j++) {
+            const float* k = key(j);
+            float dot = 0;
+            for (int d = 0; d < D; d++) dot += q[d] * k[d];
+            p[j] = dot * scale;
+            high = std::max(high, p[j]);
+        }
+        for (auto& weight : p) { weight = std::exp(weight - high); sum += weight; }
+        for (int d = 0; d < D; d++) y[d] = 0;
+        for (int j = 0; j < seen + steps; j++) {
+            const float* v = key(j) + width;
+            for (int d = 0; d < D; d++) y[d] += p[j] / sum * v[d];
+        }
+    }
+"""
+
+
+def beam_attention(qkv: jt.Var, prefix: jt.Var, query_len: jt.Var, store: jt.Var | None,
+                   ancestors: jt.Var, capacity: int) -> tuple[jt.Var, jt.Var]:
+    """One new token a beam attends to its sample's query and to its own ancestors.
+
+    qkv (B, K, 3, H, D) of the new tokens; prefix (B, Q, 3, H, D) of the queries, of which
+    query_len (B,) are real; store, what this function returned a step ago (None at first), holds
+    keys and values of ``capacity`` steps; ancestors (t + 1, B * K) int32 names for each step and
+    row the row of that step it descends from, itself at last. Returns (B, K, H, D) and the store,
+    which on the CPU is one buffer that is written in place: fetch a step's result before the next.
+    """
+    if jt.flags.use_cuda:
+        return plain_beam_attention(qkv, prefix, query_len, store, ancestors)
+    batch, beams, _, heads, depth = qkv.shape
+    if store is None:
+        store = jt.empty((capacity, batch * beams, 2, heads, depth), "float32")
+    mixed = jt.code((batch, beams, heads, depth), "float32",
+                    [qkv, prefix, query_len, store, ancestors],
+                    cpu_header=_HEADER, cpu_src=_BEAM_ATTENTION)
+    return mixed, store
+
+
+def plain_beam_attention(qkv: jt.Var, prefix: jt.Var, query_len: jt.Var, store: jt.Var | None,
+                         ancestors: jt.Var) -> tuple[jt.Var, jt.Var]:
+    """:func:`beam_attention` in Jittor's own operators, the store growing by a step each time."""
+    batch, beams, _, heads, depth = qkv.shape
+    rows, steps, length = batch * beams, ancestors.shape[0], prefix.shape[1]
+    fresh = qkv[:, :, 1:].reshape((1, rows, 2, heads, depth))
+    store = fresh if store is None else jt.concat([store, fresh], dim=0)  # (t + 1, B * K, 2, H, D)
+    step = jt.index(ancestors.shape, 0)
+    own = store.reshape((-1, 2, heads, depth))[(step * rows + ancestors).reshape(-1)]
+    own = own.reshape((steps, rows, 2, heads, depth)).transpose(2, 1, 3, 0, 4)  # (2, BK, H, t+1, D)
+
+    q = qkv[:, :, 0] / math.sqrt(depth)  # (B, K, H, D)
+    shared = prefix[:, :, 1:].transpose(2, 0, 3, 1, 4)  # (2, B, H, Q, D)
+    on_query = jt.matmul(q.transpose(0, 2, 1, 3), shared[0].transpose(0, 1, 3, 2))  # (B, H, K, Q)
+    real = jt.index(on_query.shape, 3) < query_len.broadcast(on_query.shape, [1, 2, 3])
+    on_query = jt.ternary(real, on_query, jt.full(on_query.shape, MASKED))
+    on_own = jt.matmul(q.reshape((rows, heads, 1, depth)), own[0].transpose(0, 1, 3, 2))
+    on_own = on_own.reshape((batch, beams, heads, steps)).transpose(0, 2, 1, 3)  # (B, H, K, t + 1)
+    weights = plain_softmax(jt.concat([on_query, on_own], dim=3))  # (B, H, K, Q + t + 1)
+    mixed = jt.matmul(weights[:, :, :, :length], shared[1])  # (B, H, K, D)
+    on_own = weights[:, :, :, length:].transpose(0, 2, 1, 3).reshape((rows, heads, 1, steps))
+    mine = jt.matmul(on_own, own[1]).reshape((batch, beams, heads, depth))
+    return mixed.transpose(0, 2, 1, 3) + mine, store
 
 
 # ---------------------------------------------------------------------------------------------

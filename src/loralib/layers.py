@@ -48,45 +48,24 @@ class MergedLinear(nn.Module):
         if out_features % len(enable_lora):
             raise ValueError("out_features must divide evenly among enable_lora")
         self.r, self.scaling = r, lora_alpha / r if r else 0.0
-        self.enable_lora = enable_lora
+        # where in the output each enabled projection begins
+        width = out_features // len(enable_lora)
+        self.columns = [i * width for i, enabled in enumerate(enable_lora) if enabled]
         self.lora_dropout, self.dropout_seed = lora_dropout, 0
         self.weight = jt.init.gauss((in_features, out_features), mean=0.0, std=0.02)
         self.bias = jt.zeros(out_features)
         if r:
-            groups = sum(enable_lora)
+            groups = len(self.columns)
             bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
             self.lora_A = jt.init.uniform((r * groups, in_features), low=-bound, high=bound)
-            self.lora_B = jt.zeros((out_features // len(enable_lora) * groups, r))
+            self.lora_B = jt.zeros((width * groups, r))
 
     def execute(self, x: jt.Var) -> jt.Var:
         """x (N, in_features) -> (N, out_features)."""
-        y = jt.matmul(x, self.weight) + self.bias  # (N, out)
-        if self.r:
-            if self.is_training() and self.lora_dropout:
-                x = ops.dropout(x, self.lora_dropout, self.dropout_seed)
-            after_A = nn.matmul_transpose(x, self.lora_A)  # (N, r * groups)
-            y = y + jt.matmul(after_A, self._spread_B()) * self.scaling
-        return y
-
-    def _spread_B(self) -> jt.Var:
-        """lora_B^T with each enabled projection's block in its own columns: (r * groups, out)."""
-        width = self.lora_B.shape[0] // sum(self.enable_lora)
-        columns, group = [], 0
-        for enabled in self.enable_lora:
-            if enabled:
-                block = self.lora_B[group * width:(group + 1) * width].transpose(1, 0)  # (r, width)
-                columns.append(_pad_rows(block, group * self.r, self.lora_A.shape[0]))
-                group += 1
-            else:
-                columns.append(jt.zeros((self.lora_A.shape[0], width)))
-        return jt.concat(columns, dim=1)
-
-
-def _pad_rows(block: jt.Var, above: int, total: int) -> jt.Var:
-    """Zero rows above and below a (r, width) block: (total, width)."""
-    below = total - above - block.shape[0]
-    rows = [jt.zeros((above, block.shape[1]))] if above else []
-    rows.append(block)
-    if below:
-        rows.append(jt.zeros((below, block.shape[1])))
-    return jt.concat(rows, dim=0) if len(rows) > 1 else block
+        y = jt.matmul(x, self.weight)  # (N, out)
+        if not self.r:
+            return y + self.bias
+        if self.is_training() and self.lora_dropout:
+            x = ops.dropout(x, self.lora_dropout, self.dropout_seed)
+        low = nn.matmul_transpose(x, self.lora_A)  # (N, r * groups)
+        return ops.lora_up(y, self.bias, low, self.lora_B, self.scaling, self.columns)

@@ -10,7 +10,7 @@ set -euo pipefail
 setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 setup_python_tried="3.11 3.10 3.9 3.12"  # the first is preferred
 setup_gxx_tried="12"
-setup_java_tried="17"
+setup_java_tried="17 21"
 
 setup_say() { echo "setup: $*" >&2; }
 setup_fail() { echo "error: $*" >&2; exit 1; }

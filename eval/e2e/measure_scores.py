@@ -1,0 +1,100 @@
+"""Scores predictions against references: BLEU, NIST, METEOR, ROUGE-L and CIDEr.
+
+    python eval/e2e/measure_scores.py e2e_ref.txt e2e_pred.txt -p
+
+Figures, options and file formats are those of the E2E NLG challenge's own script (Dusek et al.,
+2020, "Evaluating the State-of-the-Art of End-to-End Natural Language Generation").
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # for cli and formats
+
+import cli  # noqa: E402
+import formats  # noqa: E402
+from challenge_files import Segment, load  # noqa: E402
+from metrics import coco  # noqa: E402
+from metrics.mteval import Bleu, Nist  # noqa: E402
+
+METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Scores predictions with the metrics of the E2E NLG challenge.")
+    parser.add_argument("ref_file", metavar="REF", help="references: one a line, an empty line "
+                        "after those of each input (no empty line: one reference an input); or "
+                        "a .tsv or .csv of sources and references")
+    parser.add_argument("sys_file", metavar="PRED", help="predictions: one a line; or a .tsv or "
+                        ".csv of sources and predictions")
+    parser.add_argument("-l", "--sent-level", "--seg-level", "--sentence-level",
+                        "--segment-level", metavar="TSV", help="write the scores of each segment "
+                        "to this file instead of printing those of all")
+    parser.add_argument("-s", "--src-file", metavar="SRC", help="sources, one a line: PRED must "
+                        "be a table with just these")
+    parser.add_argument("-p", "--python", action="store_true", help="accepted for the sake of "
+                        "existing commands: BLEU and NIST are always computed in Python")
+    parser.add_argument("-t", "--table", action="store_true",
+                        help="print the scores as one tab-separated line")
+    parser.add_argument("-H", "--header", action="store_true",
+                        help="with -t: print a line of headings before it")
+    return parser.parse_args()
+
+
+def document_scores(segments: list[Segment]) -> dict[str, float]:
+    """The five scores of all segments together, by name."""
+    bleu, nist = Bleu(), Nist()
+    for segment in segments:
+        bleu.add(segment.prediction, segment.references)
+        nist.add(segment.prediction, segment.references)
+    others = coco.scores([segment.references for segment in segments],
+                         [segment.prediction for segment in segments])
+    return {"BLEU": bleu.score(), "NIST": nist.score(),
+            **{name: document for name, (document, _) in others.items()}}
+
+
+def segment_rows(segments: list[Segment]) -> list[list[str]]:
+    """The table of each segment's scores, headings first."""
+    others = coco.scores([segment.references for segment in segments],
+                         [segment.prediction for segment in segments])
+    rows = [["src", "sys_out", "BLEU", "sentBLEU", "NIST", *others]]
+    for index, segment in enumerate(segments):
+        scores = []
+        for metric in (Bleu(), Bleu(smoothing=1.0), Nist()):
+            metric.add(segment.prediction, segment.references)
+            scores.append(metric.score())
+        scores += [each[index] for _, each in others.values()]
+        texts = [text.replace("\t", " ") for text in (segment.source, segment.prediction)]
+        rows.append(texts + [f"{score:.4f}" for score in scores])
+    return rows
+
+
+def main() -> None:
+    args = parse_args()
+    segments = load(args.ref_file, args.sys_file, args.src_file)
+    coco.require()
+    print(f"scoring {len(segments)} predictions (METEOR takes about half a minute) ...",
+          file=sys.stderr)
+    if args.sent_level is not None:
+        with formats.replacing(args.sent_level) as file:  # opened now: a bad path fails early
+            for row in segment_rows(segments):
+                file.write(("\t".join(row) + "\n").encode("utf-8"))
+        return
+    scores = document_scores(segments)
+    if args.table:
+        if args.header:
+            print("\t".join(["File", *METRICS]))
+        print("\t".join([args.sys_file, *(f"{scores[name]:.4f}" for name in METRICS)]))
+        return
+    print("SCORES:\n==============")
+    for name in METRICS:
+        print(f"{name}: {scores[name]:.4f}")
+    print()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,133 @@
+"""METEOR, ROUGE-L and CIDEr as the COCO caption tools compute them (Chen et al., 2015).
+
+METEOR 1.5 (Denkowski and Lavie, 2014) and the Penn Treebank tokenizer before all three are Java
+archives inside the package pycocoevalcap, run here; ROUGE-L (Lin, 2004) and CIDEr (Vedantam et
+al., 2015) are that package's own scorers.
+
+In all of it ``references`` is a list of segments, each a list of texts, and ``predictions`` one
+text a segment; a metric returns the document's score and a list with each segment's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from cli import InputError
+
+# Decimal points and UTF-8 whatever the locale; Java's own complaints not among the answers.
+_JAVA = ["java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",
+         "-XX:+DisplayVMOutputToStderr"]
+_LINE_BREAKS = re.compile("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+Scores = tuple[float, list[float]]  # of the document, of its segments
+
+
+def require() -> Path:
+    """The folder of pycocoevalcap; raises InputError where it or Java is missing."""
+    if shutil.which("java") is None:
+        raise InputError("no java on the PATH, which METEOR needs; install it: "
+                         "apt-get install default-jre-headless")
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None:
+        raise InputError("the Python package pycocoevalcap is missing; install it: "
+                         "pip install -r requirement.txt")
+    return Path(next(iter(package.submodule_search_locations)))
+
+
+def scores(references: list[list[str]], predictions: list[str]) -> dict[str, Scores]:
+    """``{"METEOR": (document, segments), "ROUGE_L": ..., "CIDEr": ...}`` of untokenised texts.
+
+    Takes 10 to 30 s, most of it METEOR's start. Raises InputError where Java fails or is missing.
+    """
+    package = require()
+    # All references, then all predictions: the tokenizer takes a full stop after "Inc." in
+    # different ways depending on the line that follows, so the order is part of the result.
+    tokens = iter(tokenize([text for segment in references for text in segment], package))
+    references = [[next(tokens) for _ in segment] for segment in references]
+    predictions = tokenize(predictions, package)
+    return {"METEOR": meteor(references, predictions, package),
+            "ROUGE_L": rouge_l(references, predictions),
+            "CIDEr": cider(references, predictions)}
+
+
+def tokenize(texts: list[str], package: Path) -> list[str]:
+    """Each text as lower-cased Penn Treebank tokens, joined by spaces, without punctuation."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS  # here: require() comes first
+    jar = package / "tokenizer" / "stanford-corenlp-3.4.1.jar"
+    lines = "\n".join(_LINE_BREAKS.sub(" ", text) for text in texts)
+    done = subprocess.run(
+        [*_JAVA, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer",
+         "-preserveLines", "-lowerCase", "-encoding", "UTF-8"],
+        input=lines.encode("utf-8"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    tokenized = done.stdout.decode("utf-8").split("\n")
+    if done.returncode != 0 or len(tokenized) != len(texts):
+        raise _java_failed("the tokenizer", done.stderr)
+    return [" ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATIONS)
+            for line in tokenized]
+
+
+def meteor(references: list[list[str]], predictions: list[str], package: Path) -> Scores:
+    """METEOR of tokenised texts, from one Java process that ends with this call."""
+    command = [*_JAVA, "-Xmx2G", "-jar", str(package / "meteor" / "meteor-1.5.jar"),
+               "-", "-", "-stdio", "-l", "en", "-norm"]
+    # Its messages go to a file: a pipe that nobody reads would block it when full.
+    with tempfile.TemporaryFile() as messages:
+        try:
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=messages) as process:
+                try:
+                    statistics = [_ask(process, ["SCORE", *map(_without_bars, [*segment, text])])
+                                  for segment, text in zip(references, predictions)]
+                    segments = [float(_ask(process, ["EVAL", *statistics]))]
+                    segments += [float(process.stdout.readline()) for _ in predictions[1:]]
+                    return float(process.stdout.readline()), segments
+                finally:
+                    process.kill()
+        except (OSError, ValueError):  # it ended early, or answered with a message
+            messages.seek(0)
+            raise _java_failed("METEOR", messages.read()) from None
+
+
+def _ask(process: subprocess.Popen, fields: list[str]) -> str:
+    """Sends METEOR a line of fields and returns the (first) line of its answer."""
+    process.stdin.write(f"{' ||| '.join(fields)}\n".encode("utf-8"))
+    process.stdin.flush()
+    return process.stdout.readline().decode("utf-8").strip()
+
+
+def _without_bars(text: str) -> str:
+    """A text without METEOR's field separator (the tokenizer leaves it inside e.g. URLs)."""
+    return text.replace("|||", "").replace("  ", " ")
+
+
+def _java_failed(who: str, messages: bytes) -> InputError:
+    lines = messages.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+    telling = [line for line in lines if re.search("error|exception", line, re.IGNORECASE)]
+    return InputError(f"{who} failed in Java ({(telling or lines)[0].strip()}); check that "
+                      "`java -version` says 8 or newer and that 2 GB of memory are free")
+
+
+def rouge_l(references: list[list[str]], predictions: list[str]) -> Scores:
+    """ROUGE-L (F measure, beta 1.2) of tokenised texts."""
+    from pycocoevalcap.rouge.rouge import Rouge  # here: it loads NumPy
+    return _scored(Rouge(), references, predictions)
+
+
+def cider(references: list[list[str]], predictions: list[str]) -> Scores:
+    """CIDEr of tokenised texts; 0 for a single segment, where every idf weight is log 1."""
+    if not any(text.split() for segment in references for text in segment):
+        return 0.0, [0.0] * len(predictions)  # pycocoevalcap fails without a single word
+    from pycocoevalcap.cider.cider import Cider
+    return _scored(Cider(), references, predictions)
+
+
+def _scored(scorer, references: list[list[str]], predictions: list[str]) -> Scores:
+    score, segments = scorer.compute_score(
+        dict(enumerate(references)),
+        {index: [prediction] for index, prediction in enumerate(predictions)})
+    return float(score), [float(segment) for segment in segments]

@@ -1,0 +1,319 @@
+"""eval/e2e: the metrics against hand-computed values, NLTK and the challenge's own figures."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nltk.translate.bleu_score import corpus_bleu
+from nltk.translate.nist_score import corpus_nist
+
+import challenge_files
+from cli import InputError
+from metrics import coco
+from metrics.mteval import Bleu, Nist, tokenize
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("E2E_SHARED", Path(__file__).parents[2] / "shared"))
+EXPECTED = SHARED / "expected" / "metrics"
+
+needs_expected = pytest.mark.skipif(not EXPECTED.is_dir(), reason=f"no {EXPECTED}")
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no java on the PATH")
+
+
+def run_script(*args: object, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "eval" / "e2e" / "measure_scores.py"), *map(str, args)],
+        capture_output=True, encoding="utf-8", timeout=300,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **env})
+
+
+def score(metric, *segments):
+    """The score of (prediction, references) pairs."""
+    for prediction, references in segments:
+        metric.add(prediction, references)
+    return metric.score()
+
+
+# BLEU and NIST
+
+def test_tokenize():
+    assert tokenize("Costs £20-25, 1,000.5; don't (it's) &amp; <skipped>3.") == [
+        "costs", "£20", "-", "25", ",", "1,000.5", ";", "don't", "(", "it's", ")", "&", "3", "."]
+    assert tokenize("a\tb\u00a0|||C") == ["a", "b", "|", "|", "|", "c"]
+    assert tokenize(" ") == [""]
+
+
+def test_bleu_by_hand():
+    # "the" counts twice at most (second reference), "the the" once, "the cat" once.
+    segment = ("the the the cat", ["the cat sat down", "the the dog ran"])
+    assert score(Bleu(max_n=1), segment) == pytest.approx(3 / 4)
+    assert score(Bleu(max_n=2), segment) == pytest.approx(math.sqrt(3 / 4 * 2 / 3))
+    assert score(Bleu(max_n=2, smoothing=1), segment) == pytest.approx(math.sqrt(4 / 5 * 3 / 4))
+    assert score(Bleu(), segment) < 1e-3  # no trigram matches
+
+
+def test_bleu_of_a_document_adds_up_counts():
+    # 4 of 4 and 1 of 2 unigrams: 5 of 6, not the mean of the two segments' scores.
+    assert score(Bleu(max_n=1), ("A b c d", ["a b c d"]), ("a x", ["a b"])) == pytest.approx(5 / 6)
+
+
+def test_bleu_takes_the_closest_reference_length_and_of_two_the_shorter():
+    assert score(Bleu(max_n=1), ("a b c d", ["a b c d e", "a b c"])) == 1
+    assert score(Bleu(max_n=1), ("a b c d", ["a b c d e", "a"])) == pytest.approx(math.exp(-1 / 4))
+
+
+def test_nist_by_hand():
+    # Of 4 tokens "a" is 2 and "b" 1: 1 and 2 bits; "b" after "a" is one of two: 1 bit.
+    assert score(Nist(max_n=2), ("a b", ["a b", "a c"])) == pytest.approx((1 + 2) / 2 + 1 / 1)
+
+
+def test_nist_penalty_is_a_half_at_two_thirds_of_the_mean_reference_length():
+    # References of 2 and 4 tokens, a prediction of 2: "a" is 2 of 6 tokens, "b" 2 of 6.
+    assert score(Nist(max_n=1), ("a b", ["a b", "a b c d"])) == pytest.approx(math.log2(3) / 2)
+
+
+def random_document(same_length: bool) -> tuple[list[list[str]], list[list[str]]]:
+    rng = random.Random(7)
+    lengths = [(n, n if same_length else rng.randint(4, 12)) for n in range(4, 24)]
+    return tuple([[rng.choice("abcde") for _ in range(pair[side])] for pair in lengths]
+                 for side in (0, 1))
+
+
+def test_bleu_is_nltks_where_every_count_is_positive():
+    references, predictions = random_document(same_length=False)
+    ours = score(Bleu(), *((" ".join(prediction), [" ".join(reference)])
+                           for prediction, reference in zip(predictions, references)))
+    assert ours == pytest.approx(corpus_bleu([[r] for r in references], predictions), rel=1e-12)
+    assert 0.01 < ours < 0.9
+
+
+def test_nist_is_nltks_where_no_length_penalty_applies():
+    references, predictions = random_document(same_length=True)
+    ours = score(Nist(max_n=4), *((" ".join(prediction), [" ".join(reference)])
+                                  for prediction, reference in zip(predictions, references)))
+    assert ours == pytest.approx(corpus_nist([[r] for r in references], predictions, n=4),
+                                 rel=1e-12)
+
+
+@needs_expected
+@pytest.mark.parametrize("name, bleu, nist", [("jittor_pred.txt", 0.2039, 2.7430),
+                                              ("torch_pred.txt", 0.2093, 2.9530)])
+def test_bleu_and_nist_of_the_expected_files(name, bleu, nist):
+    segments = challenge_files.load(str(EXPECTED / "ref.txt"), str(EXPECTED / name))
+    pairs = [(segment.prediction, segment.references) for segment in segments]
+    assert score(Bleu(), *pairs) == pytest.approx(bleu, abs=5e-5)
+    assert score(Nist(), *pairs) == pytest.approx(nist, abs=5e-5)
+
+
+sentences = st.lists(st.sampled_from(["The", "café", "is", "£20", "near", "it", "."]),
+                     min_size=4, max_size=9).map(" ".join)
+documents = st.lists(st.tuples(sentences, st.lists(sentences, min_size=1, max_size=4)),
+                     min_size=1, max_size=5)
+
+
+@given(documents, st.randoms(use_true_random=False))
+def test_order_of_segments_and_references_does_not_matter(document, rng):
+    for metric in (Bleu, Nist):
+        before = score(metric(), *document)
+        shuffled = [(prediction, rng.sample(references, len(references)))
+                    for prediction, references in document]
+        rng.shuffle(shuffled)
+        assert score(metric(), *shuffled) == pytest.approx(before, rel=1e-9, abs=1e-12)
+
+
+@given(documents)
+def test_bleu_is_at_most_1_and_that_for_perfect_predictions(document):
+    assert 0 <= score(Bleu(), *document) <= 1 + 1e-12
+    perfect = [(references[-1].upper(), references) for _, references in document]
+    assert score(Bleu(), *perfect) == pytest.approx(1)
+
+
+@given(st.lists(st.tuples(st.text(), st.lists(st.text(), min_size=1, max_size=3)), max_size=3))
+def test_any_text_has_scores(document):
+    for metric in (Bleu(), Bleu(smoothing=1), Nist()):
+        assert math.isfinite(score(metric, *document))
+
+
+# Files
+
+def write(path: Path, text: str) -> str:
+    path.write_bytes(text.encode("utf-8"))
+    return str(path)
+
+
+def load(tmp_path, ref, pred, ref_name="ref.txt", pred_name="pred.txt", src=None):
+    return [tuple(segment) for segment in challenge_files.load(
+        write(tmp_path / ref_name, ref), write(tmp_path / pred_name, pred),
+        None if src is None else write(tmp_path / "src.txt", src))]
+
+
+@pytest.mark.parametrize("ref, pred, segments", [
+    ("a\nb\n\nc\n\n", "p\nq\n", [("", ["a", "b"], "p"), ("", ["c"], "q")]),
+    ("a\r\nb\r\n \r\nc", "\ufeffp\n\tq r\t\n", [("", ["a", "b"], "p"), ("", ["c"], "q r")]),
+    ("a\nb\n", "p\n\n", [("", ["a"], "p"), ("", ["b"], "")]),  # one reference an input
+    ("a\nb\n\n", "p\nq\n", [("", ["a"], "p"), ("", ["b"], "q")]),
+    ("a\nb\n\n", "p\n", [("", ["a", "b"], "p")]),  # one input
+])
+def test_text_files(tmp_path, ref, pred, segments):
+    assert load(tmp_path, ref, pred) == segments
+
+
+TABLE = [("mr 1", ["the café, £20", "b"], "p"), ("mr 2", ["c"], "")]
+
+
+@pytest.mark.parametrize("ref", [
+    "MR,human_ref\nmr 1,\"the cafÃ©, Ł20\"\nmr 2,c\nmr 1,b\n",
+    "\ufeffid\tReference\tsource\n7\tthe caf\u00e9, Â£20\tmr 1\n\n8\tc\tmr 2\n9\tb\tmr 1\n",
+    "mr 1\tthe cafã©, £20\nmr 1\tb\nmr 2\tc\n",
+    "mr 1,\"the café, £20\"\nmr 1,b\nmr 2,c\n",
+])
+@pytest.mark.parametrize("pred", ["src\tsys_out\nmr 1\tp\nmr 2\t\n", "mr 1\tp\nmr 2\t\n"])
+def test_tables(tmp_path, ref, pred):
+    # "mr 1" as a first source starts like a heading, which no second heading confirms.
+    assert load(tmp_path, ref, pred, "ref.csv", "pred.TSV") == TABLE
+    assert load(tmp_path, ref, pred, "ref.csv", "pred.out", src="mr 1\nmr 2\n") == TABLE
+
+
+def test_references_of_a_table_are_grouped_by_run_where_predictions_have_no_source(tmp_path):
+    assert load(tmp_path, "mr,ref\nx,a\nx,b\ny,c\nx,d\n", "p\nq\nr\n", "ref.csv") == [
+        ("", ["a", "b"], "p"), ("", ["c"], "q"), ("", ["d"], "r")]
+
+
+@pytest.mark.parametrize("names, ref, pred, src, words", [
+    ("ref.txt pred.txt", "a\n\nb\n", "p\n", None, ["ref.txt", "2 inputs", "pred.txt", "1 pred"]),
+    ("ref.txt pred.txt", "a\n\n\nb\n", "p\nq\n", None, ["ref.txt:3", "without references"]),
+    ("ref.txt pred.txt", "\n", "p\n", None, ["ref.txt", "no references"]),
+    ("ref.txt pred.txt", "a\n", "", None, ["pred.txt", "empty"]),
+    ("ref.csv pred.txt", "", "p\n", None, ["ref.csv", "empty"]),
+    ("ref.csv pred.txt", "mr,ref\n\nx,a,b\n", "p\n", None, ["ref.csv:3", "3 columns"]),
+    ("ref.csv pred.txt", "x,y,z\n", "p\n", None, ["ref.csv:1", "column of sources"]),
+    ("ref.csv pred.txt", "x,\"" + "y" * 200000 + "\"\n", "p\n", None, ["ref.csv:1", "quotation"]),
+    ("ref.csv pred.csv", "x,a\n", "y,p\n", None, ["ref.csv", "no reference", "'y'"]),
+    ("ref.csv pred.csv", "x,a\n", "x,p\n", "x\ny\n", ["pred.csv", "1 pred", "src.txt", "2 sou"]),
+    ("ref.csv pred.csv", "x,a\n", "mr,out\nx,p\n", "y\n", ["pred.csv:2", "'x'", "'y'"]),
+])
+def test_malformed_files_end_in_one_line(tmp_path, names, ref, pred, src, words):
+    with pytest.raises(InputError) as error:
+        load(tmp_path, ref, pred, *names.split(), src=src)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# METEOR, ROUGE-L and CIDEr
+
+METEOR_STAND_IN = """#!/bin/sh
+echo $$ > "$PID_FILE"
+head -c 300000 /dev/zero >&2
+n=0
+while read -r line; do
+    case "$line" in
+        SCORE*) n=$((n + 1)); echo "$line" >> "$PID_FILE.lines"; echo 1.0 ;;
+        EVAL*) for i in $(seq $((n + 1))); do echo 0.5; done ;;
+    esac
+done
+sleep 600
+"""
+
+
+def put_java(tmp_path, monkeypatch, script: str) -> None:
+    (tmp_path / "java").write_text(script)
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_meteor_neither_blocks_nor_stays(tmp_path, monkeypatch):
+    """A process that floods stderr and would not end by itself; bars are kept from it."""
+    monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
+    put_java(tmp_path, monkeypatch, METEOR_STAND_IN)
+    result = coco.meteor([["a ||| b", "c"], ["d"]], ["e", "|||"], tmp_path)
+    assert result == (0.5, [0.5, 0.5])
+    assert (tmp_path / "pid.lines").read_text().splitlines() == [
+        "SCORE ||| a b ||| c ||| e", "SCORE ||| d |||"]  # the shell's read drops the last blank
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+@pytest.mark.parametrize("step", [
+    lambda folder: coco.meteor([["a"]] * 9999, ["b"] * 9999, folder),
+    lambda folder: coco.tokenize(["a"], folder),
+])
+def test_java_that_fails_is_named_with_its_message(tmp_path, monkeypatch, step):
+    put_java(tmp_path, monkeypatch, "#!/bin/sh\necho 'Picked up x\nError: no memory' >&2\nexit 1\n")
+    with pytest.raises(InputError, match=r"failed in Java \(Error: no memory\); check"):
+        step(tmp_path)
+
+
+def test_cider_without_a_single_word_is_0():
+    assert coco.cider([["", ""], [""]], ["", "a"]) == (0, [0, 0])
+
+
+def test_no_java_is_said_before_anything_slow(tmp_path):
+    ref, pred = write(tmp_path / "ref.txt", "a\n"), write(tmp_path / "pred.txt", "a\n")
+    result = run_script(ref, pred, PATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    assert "apt-get install default-jre-headless" in result.stderr
+
+
+def test_errors_in_files_come_before_java(tmp_path):
+    ref, pred = write(tmp_path / "ref.txt", "a\n"), write(tmp_path / "pred.txt", "a\nb\n")
+    result = run_script(ref, pred, PATH=str(tmp_path))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert ref in result.stderr and pred in result.stderr
+
+
+def test_help_loads_nothing_slow():
+    code = ("import sys, measure_scores; "
+            "print([name for name in ('numpy', 'pycocoevalcap') if name in sys.modules])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8",
+                            cwd=ROOT / "eval" / "e2e", check=True)
+    assert result.stdout == "[]\n"
+    assert "-p" in run_script("--help").stdout
+
+
+@needs_expected
+@needs_java
+def test_expected_scores_as_the_challenge_prints_them():
+    result = run_script(EXPECTED / "ref.txt", EXPECTED / "jittor_pred.txt", "-p")
+    assert result.stdout == ("SCORES:\n==============\nBLEU: 0.2039\nNIST: 2.7430\n"
+                             "METEOR: 0.2769\nROUGE_L: 0.4314\nCIDEr: 1.3968\n\n")
+    assert result.returncode == 0
+
+
+@needs_expected
+@needs_java
+def test_expected_scores_as_a_table_in_another_locale():
+    pred = EXPECTED / "torch_pred.txt"
+    result = run_script("-t", "-H", "--python", EXPECTED / "ref.txt", pred, LC_ALL="C",
+                        JAVA_TOOL_OPTIONS="-Duser.language=de -Dfile.encoding=US-ASCII")
+    assert result.stdout == ("File\tBLEU\tNIST\tMETEOR\tROUGE_L\tCIDEr\n"
+                             f"{pred}\t0.2093\t2.9530\t0.2708\t0.4022\t1.2690\n")
+
+
+@needs_java
+def test_segments_of_odd_texts(tmp_path):
+    perfect = "The Café (a pub) costs £20."
+    ref = write(tmp_path / "ref.tsv", f"mr\tref\nx\t{perfect}\nx\ta ||| b\u2028c\nz\t.\ny\td e f\n")
+    pred = write(tmp_path / "pred.tsv", f"mr\tout\nx\t{perfect}\ny\t<?|||x>\vq ||| d\nz\t\n")
+    src = write(tmp_path / "src.txt", "x\ny\nz\n")
+    out = tmp_path / "new" / "segments.tsv"
+    result = run_script(ref, pred, "-s", src, "--segment-level", out)
+    assert (result.returncode, result.stdout) == (0, "")
+    rows = [line.split("\t") for line in out.read_bytes().decode("utf-8")[:-1].split("\n")]
+    assert rows[0] == ["src", "sys_out", "BLEU", "sentBLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr"]
+    assert [row[0] for row in rows[1:]] == ["x", "y", "z"]
+    scores = [[float(field) for field in row[2:]] for row in rows[1:]]
+    assert rows[1][1] == perfect
+    assert scores[0][:2] + scores[0][3:5] == [1, 1, 1, 1]
+    assert 0 < scores[1][3] < 1 and 0 < scores[1][4] < 1
+    assert scores[2][3] == 0 and scores[2][5] == 0

@@ -77,7 +77,7 @@ def main() -> None:
     args = parse_args()
     segments = load(args.ref_file, args.sys_file, args.src_file)
     coco.require()
-    print(f"scoring {len(segments)} predictions (METEOR takes about half a minute) ...",
+    print(f"scoring {len(segments)} predictions (METEOR takes about a minute) ...",
           file=sys.stderr)
     if args.sent_level is not None:
         with formats.replacing(args.sent_level) as file:  # opened now: a bad path fails early

@@ -119,6 +119,11 @@ def find_cuda() -> tuple[str | None, str]:
 def _prepare_environment(nvcc: str | None) -> None:
     # An empty nvcc_path gives a CPU build even where an nvcc stands without a GPU.
     os.environ["nvcc_path"] = nvcc or ""
+    # Jittor seeks pythonX.Y-config beside sys.executable, where a virtual environment has none.
+    config = "python%d.%d-config" % sys.version_info[:2]
+    config = Path(sys.executable).resolve().with_name(config)
+    if config.is_file():
+        os.environ.setdefault("python_config_path", str(config))
     # No cuDNN, cuFFT, cuSPARSE: GPT-2 needs none of them.
     os.environ["conv_opt"] = "1"
     # Informations and warnings of Jittor; its errors still show.

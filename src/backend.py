@@ -98,7 +98,8 @@ def find_cuda() -> tuple[str | None, str]:
     except OSError:
         return None, "no NVIDIA driver found"
     count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or not count.value:
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if failed or not count.value:
         return None, "the NVIDIA driver finds no GPU"
     nvcc = os.environ.get("nvcc_path") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not os.access(nvcc, os.X_OK):
@@ -111,7 +112,7 @@ def find_cuda() -> tuple[str | None, str]:
                       "with 11.x and 12.x; install one beside it and set nvcc_path")
     toolkit = Path(nvcc).resolve().parents[1]
     for library in ("libcudart.so", "libcublas.so"):
-        if not any(toolkit.glob(f"lib64/{library}*")) and not any(toolkit.glob(f"lib/*/{library}*")):
+        if not [*toolkit.glob(f"lib64/{library}*"), *toolkit.glob(f"lib/*/{library}*")]:
             return None, f"a GPU, but no {library} beside {nvcc}; install the whole CUDA toolkit"
     return nvcc, ""
 
@@ -134,7 +135,7 @@ def _prepare_environment(nvcc: str | None) -> None:
 
 
 def _provide_onednn() -> bool:
-    """Links oneDNN's wheels where Jittor looks for its own download; False if there is no oneDNN."""
+    """Links oneDNN's wheels where Jittor looks for its own download; False if there are none."""
     import jittor_utils
 
     place = Path(jittor_utils.home(), ".cache", "jittor", "mkl", ONEDNN_FOLDER)

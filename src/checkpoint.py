@@ -37,7 +37,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
             try:
                 raw = safetensors.numpy.load_file(path)
             except safetensors.SafetensorError as error:
-                raise torch_file.TorchFileError(f"damaged, or no safetensors file ({error})")
+                raise torch_file.TorchFileError(
+                    f"damaged, or no safetensors file ({error})") from None
         else:
             raw = torch_file.load(path)
     except FileNotFoundError:

@@ -24,7 +24,8 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--train_data", required=True, help="encoded samples to train on (.jsonl)")
     data.add_argument("--valid_data", required=True, help="encoded samples to validate on")
     data.add_argument("--train_batch_size", type=at_least(1), default=8, help="samples a batch")
-    data.add_argument("--valid_batch_size", type=at_least(1), default=4, help="the same, validating")
+    data.add_argument("--valid_batch_size", type=at_least(1), default=4,
+                      help="samples a batch when validating")
     data.add_argument("--seq_len", type=at_least(2), default=512,
                       help="tokens a sample is cut to on the right")
     data.add_argument("--obj", choices=["clm", "jlm"], default="clm",
@@ -72,7 +73,8 @@ def parse_args() -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--work_dir", type=Path, default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
                         help="folder of checkpoints, logs and the loss curve")
-    output.add_argument("--log_interval", type=at_least(1), default=100, help="micro-batches a line")
+    output.add_argument("--log_interval", type=at_least(1), default=100,
+                        help="micro-batches a log line")
     output.add_argument("--eval_interval", type=at_least(1), default=2000,
                         help="micro-batches between validations")
     output.add_argument("--save_interval", type=at_least(1), default=500,

@@ -104,9 +104,9 @@ class GPT2LMModel(nn.Module):
     (``transformer.h.0.attn.c_attn.lora_A`` ...).
     """
 
-    def __init__(self, config: GPT2Config, lora_config: LoRAConfig = LoRAConfig()):
-        self.config, self.lora_config = config, lora_config
-        self.transformer = GPT2Model(config, lora_config)
+    def __init__(self, config: GPT2Config, lora_config: LoRAConfig | None = None):
+        self.config, self.lora_config = config, lora_config or LoRAConfig()
+        self.transformer = GPT2Model(config, self.lora_config)
 
     def logits(self, hidden):  # (N, C) -> (N, V)
         return nn.matmul_transpose(hidden, self.transformer.wte.weight)

@@ -334,7 +334,8 @@ _ATTENTION = r"""
                 float high = -1e30f, sum = 0;
                 for (int j = 0; j <= i; j++) {
                     float dot = 0;
-                    for (int d = 0; d < D; d++) dot += q[(int64)i * row + d] * k[(int64)j * row + d];
+                    for (int d = 0; d < D; d++)
+                        dot += q[(int64)i * row + d] * k[(int64)j * row + d];
                     p[j] = dot * scale;
                     high = std::max(high, p[j]);
                 }
@@ -439,7 +440,8 @@ _BEAM_ATTENTION = r"""
     const float scale = 1 / std::sqrt((float)D);
     float* store = in3_p + (int64)(steps - 1) * rows * 2 * width;
     for (int row = 0; row < rows; row++)  // the new keys and values stand behind the query
-        std::copy_n(in0_p + ((int64)row * 3 + 1) * width, 2 * width, store + (int64)row * 2 * width);
+        std::copy_n(in0_p + ((int64)row * 3 + 1) * width, 2 * width,
+                    store + (int64)row * 2 * width);
     #pragma omp parallel for
     for (int item = 0; item < rows * H; item++) {
         const int row = item / H, h = item % H, b = row / K, seen = in2_p[b];

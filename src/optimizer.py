@@ -39,7 +39,8 @@ class AdamW:
         self.updates += 1
         step_size = lr
         if self.correct_bias:
-            step_size *= math.sqrt(1 - self.beta2 ** self.updates) / (1 - self.beta1 ** self.updates)
+            step_size *= math.sqrt(1 - self.beta2 ** self.updates)
+            step_size /= 1 - self.beta1 ** self.updates
         for name, p in self.parameters.items():
             g = gradients[name]
             m, v = self.m[name], self.v[name]

@@ -116,7 +116,8 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in STORAGES:
             return _Storage(name)
         if module == "torch._utils":
-            known = {"_rebuild_tensor_v2": _rebuild_tensor, "_rebuild_parameter": _rebuild_parameter}
+            known = {"_rebuild_tensor_v2": _rebuild_tensor,
+                     "_rebuild_parameter": _rebuild_parameter}
             if name in known:
                 return known[name]
         raise TorchFileError(f"refused: it asks for {module}.{name}, which is no tensor and no "
@@ -139,7 +140,8 @@ def _to_array(data: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype)
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, stride: tuple, *_) -> np.ndarray:
+def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, stride: tuple,
+                    *_) -> np.ndarray:
     if len(shape) != len(stride) or min((offset, *shape, *stride)) < 0:
         raise TorchFileError("a tensor of impossible shape")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride))

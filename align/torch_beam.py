@@ -3,6 +3,9 @@
     python align/torch_beam.py --data test.jsonl --init_checkpoint model.1050.pt --lora_dim 4
 
 Writes ``{"id": n, "predict": [eval_len token ids, zeros after the sequence]}`` a line.
+
+It gives what the original gives with a batch of 1. With larger ones the original takes the first
+token of sample b from row b of (batch * beams) rows, which belongs to another sample.
 """
 
 from __future__ import annotations

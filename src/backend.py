@@ -173,7 +173,9 @@ def _import_jittor(on_cuda: bool):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")
     try:
         import jittor
-    except (Exception, SystemExit) as error:  # whatever its build step ends with
+    except SystemExit:  # it has rebuilt its loader (a new compiler or Python) and wants a new start
+        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
+    except Exception as error:  # whatever its build step ends with
         reason = (str(error).strip().splitlines() or ["unknown"])[-1]
         raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
                          "errors in README.md") from None

@@ -1,0 +1,287 @@
+"""The training script: what it leaves, that it repeats itself, and that it follows PyTorch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+STEPS = 12  # of the runs below: 7 samples make 4 batches of 2, three epochs
+FLAGS = ["--train_batch_size", "2", "--valid_batch_size", "2", "--grad_acc", "2",
+         "--seq_len", "24", "--model_card", "gpt2.nano", "--lr", "0.01", "--weight_decay", "0.01",
+         "--adam_beta2", "0.999", "--scheduler", "linear", "--warmup_step", "4",
+         "--max_epoch", "3", "--save_interval", "5", "--log_interval", "5", "--eval_interval", "6",
+         "--lora_dim", "4", "--lora_alpha", "32", "--label_smooth", "0.1", "--random_seed", "2025"]
+
+
+def run_script(root, script, *flags):
+    # Each side takes its own loralib: nothing of pytest's path is handed on.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run([sys.executable, root / script, *map(str, flags)], cwd=root,
+                          env=environment, capture_output=True, text=True)
+
+
+def weights(path):
+    import torch_file
+
+    return torch_file.load(path)["model_state_dict"]
+
+
+def rows(work_dir):
+    with open(work_dir / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """train.jsonl of 7 samples, some longer than seq_len, and valid.jsonl of 3."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(1)
+    for name, count in (("train", 7), ("valid", 3)):
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for _ in range(count):
+                context, completion = ([draw.randrange(50256) for _ in range(draw.randint(3, 16))]
+                                       for _ in range(2))
+                record = {"context": [*context, 50256], "completion": [*completion, 50256]}
+                file.write(json.dumps(record) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(root, data, tmp_path_factory):
+    """A whole random model: what one step at learning rate 0 leaves of it."""
+    folder = tmp_path_factory.mktemp("base")
+    done = train(root, data, folder, "--lora_dim", 0, "--lr", 0, "--max_step", 1)
+    assert done.returncode == 0, done.stderr
+    return folder / "model.1.pt"
+
+
+def train(root, data, work_dir, *flags, script="src/gpt2_ft.py"):
+    return run_script(root, script, "--train_data", data / "train.jsonl", "--valid_data",
+                      data / "valid.jsonl", *FLAGS, "--work_dir", work_dir, "--device", "cpu",
+                      *flags)
+
+
+@pytest.fixture(scope="module")
+def trained(root, data, base, tmp_path_factory):
+    """(the finished process, its work dir) of a run with LoRA's dropout on."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = train(root, data, folder, "--init_checkpoint", base, "--lora_dropout", 0.1)
+    assert done.returncode == 0, done.stderr
+    return done, folder
+
+
+def test_log_lines_are_those_of_the_original(trained):
+    done, folder = trained
+    lines = (folder / "train.log").read_text().splitlines()
+    number = r" *[0-9.e+-]+"
+    train_line = re.compile(
+        rf"\| epoch ( *\d+) step ( *\d+) \| ( *\d+) batches \| lr ({number}) \| ms/batch {number} "
+        rf"\| loss ({number}) \| avg loss ({number}) \| ppl ({number})")
+    valid_line = re.compile(
+        rf"\| Eval ( *\d+) at step ( *\d+) \| time: {number}s \| valid loss ({number}) \| "
+        rf"valid ppl ({number}) \| best ppl ({number}) ")
+    trains = [match.groups() for match in map(train_line.fullmatch, lines) if match]
+    valids = [match.groups() for match in map(valid_line.fullmatch, lines) if match]
+    assert [(int(epoch), int(step), int(batch)) for epoch, step, batch, *_ in trains] == [
+        (2, 5, 1), (3, 10, 2)]
+    assert [len(trains[0][0]), len(trains[0][1]), len(trains[0][2])] == [3, 8, 6]
+    assert [(int(nth), int(step)) for nth, step, *_ in valids] == [(1, 6), (2, 12)]
+    assert len(lines) == 4 and all(line in done.stdout.splitlines() for line in lines)
+
+    losses = [float(row["loss"]) for row in rows(folder)]
+    assert float(trains[1][4]) == pytest.approx(losses[9], abs=0.0051)
+    assert float(trains[1][5]) == pytest.approx(np.mean(losses[5:10]), abs=0.0051)
+    assert float(trains[1][6]) == pytest.approx(np.exp(np.mean(losses[5:10])), rel=1e-3)
+    # the logged learning rate is that of the next micro-batch: 10 of 12 done, 4 to warm up
+    assert float(trains[1][3]) == pytest.approx(0.01 * 2 / 8, rel=1e-2)
+
+
+def test_metrics_have_a_row_a_micro_batch(trained):
+    _, folder = trained
+    table = rows(folder)
+    assert list(table[0]) == ["step", "epoch", "lr", "loss", "valid_loss", "ms_per_batch"]
+    assert [int(row["step"]) for row in table] == list(range(1, STEPS + 1))
+    assert [int(row["epoch"]) for row in table] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [row["step"] for row in table if row["valid_loss"]] == ["6", "12"]
+    expected = [0.01 * t / 4 if t < 4 else 0.01 * (12 - t) / 8 for t in range(STEPS)]
+    assert [float(row["lr"]) for row in table] == pytest.approx(expected)
+
+
+def test_checkpoints(trained, base):
+    _, folder = trained
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "loss.png", "metrics.csv", "model.10.pt", "model.12.pt", "model.5.pt", "train.log"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    first, last, frozen = (weights(path) for path in
+                           (folder / "model.5.pt", folder / "model.12.pt", base))
+    assert set(first) == {f"transformer.h.{i}.attn.c_attn.lora_{x}" for i in range(4) for x in "AB"}
+    assert set(last) == set(frozen) | set(first)
+    assert all(np.array_equal(last[name], frozen[name]) for name in frozen)
+    assert all(not np.array_equal(last[name], first[name]) for name in first)
+    assert all(last[name].any() for name in first)
+
+
+def test_same_seed_same_files(root, data, base, trained, tmp_path):
+    _, folder = trained
+    assert train(root, data, tmp_path, "--init_checkpoint", base,
+                 "--lora_dropout", 0.1).returncode == 0
+    for name in ("model.5.pt", "model.12.pt"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    columns = ("step", "epoch", "lr", "loss", "valid_loss")
+    assert [[row[c] for c in columns] for row in rows(tmp_path)] == [
+        [row[c] for c in columns] for row in rows(folder)]
+
+
+@pytest.mark.parametrize("flags", [
+    [],
+    ["--clip", "0.5", "--scheduler", "cosine", "--correct_bias", "--obj", "jlm"],
+    ["--lora_dim", "0", "--lr", "0.001", "--no_decay_bias", "--weight_decay", "0.3",
+     "--scheduler", "constant", "--label_smooth", "0"],
+], ids=["work.sh", "clip-cosine-jlm", "whole-model"])
+def test_follows_pytorch(root, data, base, trained, tmp_path, flags):
+    pytest.importorskip("transformers")
+    common = ["--init_checkpoint", base, *flags]
+    if "--lora_dim" not in flags:
+        common += ["--lora_checkpoint", trained[1] / "model.5.pt"]
+    for side, script in (("jittor", "src/gpt2_ft.py"), ("torch", "align/torch_train.py")):
+        done = train(root, data, tmp_path / side, *common, script=script)
+        assert done.returncode == 0, done.stderr
+    ours, theirs = rows(tmp_path / "jittor"), rows(tmp_path / "torch")
+    assert len(ours) == len(theirs) == STEPS
+    for column, tolerance in (("loss", 2e-5), ("lr", 1e-12)):
+        assert [float(row[column]) for row in ours] == pytest.approx(
+            [float(row[column]) for row in theirs], abs=tolerance)
+    assert [row["valid_loss"] != "" for row in ours] == [row["valid_loss"] != "" for row in theirs]
+    assert [float(row["valid_loss"]) for row in ours if row["valid_loss"]] == pytest.approx(
+        [float(row["valid_loss"]) for row in theirs if row["valid_loss"]], abs=2e-5)
+    ours, theirs = (weights(tmp_path / side / f"model.{STEPS}.pt") for side in ("jittor", "torch"))
+    for name in ours:
+        distance = np.linalg.norm(ours[name] - theirs[name])
+        assert distance <= 1e-4 * np.linalg.norm(theirs[name]), name
+
+
+def fails(done, *parts):
+    """One line on stderr that holds ``parts``, exit code 1."""
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
+    for part in parts:
+        assert str(part) in done.stderr
+
+
+def test_missing_data(root, data, tmp_path):
+    fails(train(root, data, tmp_path / "out", "--train_data", tmp_path / "none.jsonl"),
+          tmp_path / "none.jsonl", "create_datasets.sh")
+    assert not (tmp_path / "out").exists()
+
+
+def test_token_outside_the_vocabulary(root, data, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"context": [1], "completion": [2]}\n{"context": [50257], "completion": []}\n')
+    fails(train(root, data, tmp_path / "out", "--train_data", bad), f"{bad}:2:", "50257", "vocab")
+
+
+def test_lora_alone_as_init_checkpoint(root, data, trained, tmp_path):
+    fails(train(root, data, tmp_path, "--init_checkpoint", trained[1] / "model.5.pt"),
+          trained[1] / "model.5.pt", "--lora_checkpoint")
+
+
+def test_wrong_rank_and_wrong_card(root, data, base, trained, tmp_path):
+    whole = trained[1] / f"model.{STEPS}.pt"
+    fails(train(root, data, tmp_path, "--init_checkpoint", whole, "--lora_dim", 3),
+          whole, "misshapen", "--lora_dim")
+    fails(train(root, data, tmp_path, "--init_checkpoint", base, "--model_card", "gpt2.sm"),
+          base, "missing", "misshapen", "--model_card")
+
+
+def test_loss_no_longer_finite(root, data, base, tmp_path):
+    fails(train(root, data, tmp_path, "--init_checkpoint", base, "--lora_dim", 0, "--lr", 1e30,
+                "--warmup_step", 0), "step 3", "--lr")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_work_dir_that_cannot_be_written(root, data, tmp_path):
+    tmp_path.chmod(0o500)
+    fails(train(root, data, tmp_path / "out"), tmp_path / "out", "--work_dir")
+
+
+def test_work_dir_that_is_a_file(root, data, tmp_path):
+    (tmp_path / "out").write_text("")
+    fails(train(root, data, tmp_path / "out"), tmp_path / "out", "--work_dir")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--fp16"], ["--seq_len", "1025"], ["--lora_dropout", "1"], ["--grad_acc", "0"],
+    ["--scheduler", "cycle"], ["--scheduler", "cycle", "--i_steps", "0,x"], ["--lr", "-1"],
+])
+def test_wrong_flags(root, data, tmp_path, flags):
+    done = train(root, data, tmp_path / "out", *flags)
+    assert done.returncode == 2 and "usage:" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_neither_epochs_nor_steps(root, data, tmp_path):
+    done = run_script(root, "src/gpt2_ft.py", "--train_data", "x", "--valid_data", "x")
+    assert done.returncode == 2 and "--max_epoch" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def predictions(root, data, trained, tmp_path_factory):
+    """Beam search over valid.jsonl and a copy of its first line; returns flags -> lines."""
+    folder = tmp_path_factory.mktemp("beam")
+    lines = (data / "valid.jsonl").read_text().splitlines()
+    (folder / "test.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+
+    def predict(*flags, script="src/gpt2_beam.py"):
+        done = run_script(
+            root, script, "--data", folder / "test.jsonl", "--seq_len", 24, "--eval_len", 8,
+            "--model_card", "gpt2.nano", "--init_checkpoint", trained[1] / f"model.{STEPS}.pt",
+            "--lora_dim", 4, "--lora_alpha", 32, "--beam", 3, "--length_penalty", 0.8,
+            "--no_repeat_ngram_size", 2, "--eos_token_id", 628, "--work_dir", folder,
+            "--output_file", "out.jsonl", "--device", "cpu", *flags)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"[0-9.]+ samples/s", done.stdout) or "align" in script
+        return (folder / "out.jsonl").read_text()
+
+    return predict
+
+
+def test_beam_search_output(predictions):
+    one, many = predictions("--batch_size", 1), predictions("--batch_size", 3)
+    assert one == many
+    records = [json.loads(line) for line in one.splitlines()]
+    assert [record["id"] for record in records] == [0, 1, 2, 3]
+    assert all(len(record["predict"]) == 8 for record in records)
+    assert records[0]["predict"] == records[3]["predict"]
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--beam", "5", "--repetition_penalty", "1.3", "--min_length", "4"]])
+def test_beam_search_follows_pytorch(predictions, flags):
+    pytest.importorskip("transformers")
+    assert predictions("--batch_size", 4, *flags) == predictions(
+        "--batch_size", 1, *flags, script="align/torch_beam.py")
+
+
+def test_beam_search_refuses(root, data, base, trained, tmp_path):
+    def beam(*flags):
+        return run_script(root, "src/gpt2_beam.py", "--data", data / "valid.jsonl", "--seq_len",
+                          24, "--eval_len", 8, "--model_card", "gpt2.nano", "--lora_dim", 4,
+                          "--work_dir", tmp_path, "--device", "cpu", *flags)
+
+    fails(beam("--init_checkpoint", base), base, "--lora_checkpoint", "--lora_dim 0")
+    fails(beam("--init_checkpoint", tmp_path / "none.pt"), tmp_path / "none.pt",
+          "download_pretrained_checkpoints.sh")
+    fails(beam("--init_checkpoint", base, "--data", tmp_path / "none.jsonl"), "none.jsonl")
+    assert beam("--init_checkpoint", base, "--eval_len", 24).returncode == 2
+    assert beam("--init_checkpoint", base, "--beam", 50258).returncode == 2
+    if shutil.which("nvidia-smi") is None:
+        fails(beam("--init_checkpoint", base, "--device", "cuda"), "--device cuda", "--device cpu")
+    assert not any(tmp_path.iterdir())

@@ -18,6 +18,9 @@ from model import GPT2LMModel
 MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 HEAD_NAMES = ("lm_head.weight", "lm_head.decoder.weight")
 EMBEDDING = "transformer.wte.weight"
+# The types of numbers in safetensors as torch_file.to_array calls them.
+SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F64": "<f8", "BOOL": "?",
+                     "U8": "u1"}
 TF_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
 
 
@@ -31,14 +34,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            import safetensors
-            import safetensors.numpy
-
-            try:
-                raw = safetensors.numpy.load_file(path)
-            except safetensors.SafetensorError as error:
-                raise torch_file.TorchFileError(
-                    f"damaged, or no safetensors file ({error})") from None
+            raw = _read_safetensors(path)
         else:
             raw = torch_file.load(path)
     except FileNotFoundError:
@@ -66,6 +62,27 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: its output head differs from its token embedding; GPT-2 ties "
                          "them, give a tied checkpoint")
     return weights
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        try:
+            return safetensors.numpy.load_file(path)
+        except (TypeError, KeyError):  # it holds types that NumPy does not have
+            tensors = dict(safetensors.deserialize(path.read_bytes()))
+    except safetensors.SafetensorError as error:
+        raise torch_file.TorchFileError(f"damaged, or no safetensors file ({error})") from None
+    arrays = {}
+    for name, tensor in tensors.items():
+        if tensor["dtype"] not in SAFETENSORS_TYPES:
+            raise torch_file.TorchFileError(f"{name} is of type {tensor['dtype']}, not one of "
+                                            f"{', '.join(SAFETENSORS_TYPES)}")
+        arrays[name] = torch_file.to_array(
+            tensor["data"], SAFETENSORS_TYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    return arrays
 
 
 def parameter_name(key: str) -> str:

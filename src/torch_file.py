@@ -22,7 +22,7 @@ import numpy as np
 from formats import replacing
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# torch's storage classes and the NumPy type of their elements; bfloat16 has none, see _to_array
+# torch's storage classes and the NumPy type of their elements; bfloat16 has none, see to_array
 STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2",
             "BFloat16Storage": "bfloat16", "LongStorage": "<i8", "IntStorage": "<i4",
             "ShortStorage": "<i2", "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?"}
@@ -129,12 +129,13 @@ class _Unpickler(pickle.Unpickler):
             raise TorchFileError("malformed tensor data")
         key = str(key)
         if key not in self.storages:
-            self.storages[key] = _to_array(self.read_storage(key, count * storage.itemsize),
+            self.storages[key] = to_array(self.read_storage(key, count * storage.itemsize),
                                            storage.dtype)
         return self.storages[key]
 
 
-def _to_array(data: bytes, dtype: str) -> np.ndarray:
+def to_array(data: bytes, dtype: str) -> np.ndarray:
+    """The numbers in ``data``, of one of the types in STORAGES; bfloat16 becomes float32."""
     if dtype == "bfloat16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     return np.frombuffer(data, dtype)

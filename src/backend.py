@@ -118,6 +118,10 @@ def find_cuda() -> tuple[str | None, str]:
 
 
 def _prepare_environment(nvcc: str | None) -> None:
+    # Even jittor_utils, which names the cache's place, asks the compiler for its version.
+    if not shutil.which(os.environ.get("cc_path", "g++")):
+        raise InputError("g++ not found, Jittor compiles its operators with it; "
+                         "apt-get install g++")
     # An empty nvcc_path gives a CPU build even where an nvcc stands without a GPU.
     os.environ["nvcc_path"] = nvcc or ""
     # Jittor seeks pythonX.Y-config beside sys.executable, where a virtual environment has none.
@@ -165,9 +169,6 @@ def _provide_onednn() -> bool:
 def _import_jittor(on_cuda: bool):
     import jittor_utils
 
-    if not shutil.which(os.environ.get("cc_path", "g++")):
-        raise InputError("g++ not found, Jittor compiles its operators with it; "
-                         "apt-get install g++")
     pattern = "*/jittor_core*.so" if on_cuda else "jittor_core*.so"
     if not any(Path(jittor_utils.cache_path).glob(pattern)):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")

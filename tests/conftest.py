@@ -1,10 +1,19 @@
-"""What several tests share: the reference material, the vocabulary, and tiktoken as a judge."""
+"""What several tests share: the reference material, the vocabulary, and the judges.
+
+The judges are tiktoken for the encoding and PyTorch for all that computes. Jittor runs in this
+process and PyTorch, with which it can clash, in one of its own (torch_side.py).
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,3 +54,62 @@ def tiktoken_gpt2(vocab):
                r"""|\s+(?!\S)|\s""")
     return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
+
+
+@pytest.fixture(scope="session")
+def jittor():
+    """Jittor on the CPU; what imports it is imported after asking for this fixture."""
+    import backend
+
+    backend.start("cpu", seed=1)
+    import jittor
+
+    return jittor
+
+
+@pytest.fixture(scope="session")
+def torch_side(tmp_path_factory):
+    """Calls an operation of torch_side.py: arrays by name and options in, arrays by name out."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        pytest.skip("no PyTorch; pip install -r requirement-test.txt")
+    folder = tmp_path_factory.mktemp("torch_side")
+    process = subprocess.Popen([sys.executable, ROOT / "tests/torch_side.py"], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def call(operation: str, arrays: dict | None = None, **options) -> dict[str, np.ndarray]:
+        np.savez(folder / "in.npz", **(arrays or {}))
+        request = {"operation": operation, "options": options, "folder": str(folder)}
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer == "done\n", f"{operation} failed in PyTorch: {answer}"
+        with np.load(folder / "out.npz") as results:
+            return dict(results)
+
+    yield call
+    process.terminate()  # closing its stdin is not enough: Jittor's compiling processes hold it too
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def small_model(jittor):
+    """Makes a random GPT-2 small enough for tests, all of its weights away from 0 and 1."""
+    from config import GPT2Config, LoRAConfig
+    from model import GPT2LMModel
+
+    def make(seed: int = 0, r: int = 3, alpha: int = 6, dropout: float = 0.0, **card):
+        card = {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 61, "n_positions": 40,
+                **card}
+        model = GPT2LMModel(GPT2Config(**card), LoRAConfig(r, alpha, dropout))
+        random = np.random.default_rng(seed)
+        for name, p in model.named_parameters():
+            centre = 1.0 if name.split(".")[-2].startswith("ln_") and "weight" in name else 0.0
+            p.assign(jittor.array(random.normal(centre, 0.25, p.shape).astype(np.float32)))
+        return model
+
+    return make
+
+
+def weights_of(model) -> dict[str, np.ndarray]:
+    """A model's parameters as arrays by name."""
+    return {name: p.numpy() for name, p in model.named_parameters()}

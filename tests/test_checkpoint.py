@@ -1,0 +1,257 @@
+"""Checkpoints under every name, written by torch, safetensors and ourselves."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+from conftest import weights_of
+from test_torch_file import Hostile, hostile_legacy, hostile_zip
+
+from cli import InputError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(jittor):
+    import checkpoint
+
+    return checkpoint
+
+
+@pytest.fixture
+def saved(torch_side, tmp_path):
+    """Writes arrays as PyTorch or safetensors do; returns the path."""
+    def save(arrays, name="model.bin", **options):
+        path = tmp_path / name
+        operation = "save_safetensors" if path.suffix == ".safetensors" else "save"
+        torch_side(operation, arrays, path=str(path), **options)
+        return path
+    return save
+
+
+def filled(checkpoint, small_model, path, lora_path=None, seed=99, **options):
+    """A model of other weights after loading; its weights by name."""
+    model = small_model(seed=seed, **options)
+    checkpoint.load(model, str(path), lora_path and str(lora_path))
+    return weights_of(model)
+
+
+def same(ours, truth, tolerance=0.0):
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        assert ours[name].shape == truth[name].shape
+        assert np.abs(ours[name] - truth[name]).max() <= tolerance, name
+
+
+def base_of(model) -> dict[str, np.ndarray]:
+    return {name: a for name, a in weights_of(model).items() if "lora_" not in name}
+
+
+def hugging_face(weights):
+    """As GPT-2 is published: no prefix, and the causal mask of each layer as a buffer."""
+    named = {name[len("transformer."):]: a for name, a in weights.items()}
+    for layer in (0, 1):
+        named[f"h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 40, 40), np.float32))
+        named[f"h.{layer}.attn.masked_bias"] = np.float32(-1e4).reshape(())
+    return named
+
+
+def with_head(weights, head="lm_head.weight"):
+    return {**weights, head: weights["transformer.wte.weight"].copy()}
+
+
+def tensorflow(weights):
+    """The endings of the conversion from TensorFlow: ln_1.g, c_attn.w, c_attn.b ..."""
+    named = {}
+    for name, a in weights.items():
+        name = re.sub(r"(ln_\w+)\.weight$", r"\1.g", name)
+        name = re.sub(r"(c_\w+)\.weight$", r"\1.w", name)
+        named[re.sub(r"\.bias$", ".b", name)] = a
+    assert {"transformer.h.0.ln_1.g", "transformer.h.1.mlp.c_fc.w",
+            "transformer.h.0.attn.c_attn.b"} <= named.keys()
+    return named
+
+
+def tensorflow_published(weights):
+    return {name[len("transformer."):]: a for name, a in tensorflow(weights).items()}
+
+
+NAMINGS = {
+    "ours": dict,
+    "published": hugging_face,
+    "published, with prefix and head": with_head,
+    "original": lambda weights: with_head(weights, "lm_head.decoder.weight"),
+    "tensorflow": tensorflow,
+    "tensorflow, published": tensorflow_published,
+    "parallel": lambda weights: {f"module.{name}": a for name, a in with_head(weights).items()},
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_naming(checkpoint, small_model, saved, naming):
+    base = base_of(small_model(seed=1))
+    path = saved(NAMINGS[naming](base), wrapped=naming == "original")
+    same(filled(checkpoint, small_model, path, r=0), base)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.safetensors"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_every_format(checkpoint, small_model, saved, name, dtype, zipped):
+    if name.endswith(".safetensors"):
+        if not zipped:
+            pytest.skip("safetensors has one format only")
+        options = {"dtype": dtype}
+    else:
+        options = {"dtype": dtype, "zipped": zipped}
+    base = base_of(small_model(seed=1))
+    path = saved(hugging_face(base), name, **options)
+    tolerance = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3}[dtype]
+    same(filled(checkpoint, small_model, path, r=0), base, tolerance)
+
+
+def test_base_without_lora_leaves_the_models_own(checkpoint, small_model, saved):
+    base = base_of(small_model(seed=1))
+    untouched = weights_of(small_model(seed=99))
+    ours = filled(checkpoint, small_model, saved(hugging_face(base)), seed=99)
+    same(ours, {name: base.get(name, a) for name, a in untouched.items()})
+    assert len(ours) == len(base) + 4
+
+
+def test_model_and_lora_files_of_our_own(checkpoint, small_model, torch_side, tmp_path):
+    model = small_model(seed=1)
+    weights = weights_of(model)
+    whole, lora = tmp_path / "model.9.pt", tmp_path / "model.5.pt"
+    checkpoint.save_model(model, whole)
+    checkpoint.save_lora(model, lora)
+
+    opened = torch_side("load", path=str(whole))
+    named = {f"model_state_dict/{name}": a for name, a in weights.items()}
+    same(opened, {**named, "model_state_dict/lm_head.decoder.weight":
+                  weights["transformer.wte.weight"]})
+    opened = torch_side("load", path=str(lora))
+    same(opened, {name: a for name, a in named.items() if "lora_" in name})
+
+    same(filled(checkpoint, small_model, whole), weights)
+    other = weights_of(small_model(seed=2))
+    base = tmp_path / "base.pt"
+    checkpoint.save_model(small_model(seed=2, r=0), base)
+    base_weights = base_of(small_model(seed=2, r=0))
+    ours = filled(checkpoint, small_model, base, lora)
+    same(ours, {name: weights[name] if "lora_" in name else base_weights[name] for name in other})
+    # of a whole model given as --lora_checkpoint only LoRA's part is taken
+    same(filled(checkpoint, small_model, base, whole), ours)
+
+
+def test_equal_models_give_equal_files(checkpoint, small_model, tmp_path):
+    for folder in ("a", "b"):
+        checkpoint.save_model(small_model(seed=1), tmp_path / folder / "model.1.pt")
+    assert (tmp_path / "a/model.1.pt").read_bytes() == (tmp_path / "b/model.1.pt").read_bytes()
+
+
+@pytest.fixture
+def refused(checkpoint, small_model):
+    """What loading the files into a model says; nothing of the model has changed."""
+    def load(path, lora_path=None, lora_required=False, **options):
+        model = small_model(seed=3, **options)
+        before = weights_of(model)
+        with pytest.raises(InputError) as error:
+            checkpoint.load(model, str(path), lora_path and str(lora_path), lora_required)
+        message = str(error.value)
+        assert "\n" not in message and ";" in message
+        same(weights_of(model), before)
+        return message
+    return load
+
+
+def test_all_that_is_wrong_in_one_message(refused, saved, small_model):
+    base = base_of(small_model(seed=1))
+    del base["transformer.ln_f.bias"], base["transformer.h.1.mlp.c_fc.weight"]
+    base["transformer.h.0.attn.c_attn.bias"] = np.zeros(71, np.float32)
+    base["transformer.h.2.ln_1.weight"] = np.zeros(24, np.float32)
+    path = saved(base)
+    message = refused(path, r=0)
+    assert message.startswith(f"{path}: ")
+    assert re.search("2 missing: .*h.1.mlp.c_fc.weight, .*ln_f.bias", message)
+    assert "1 unexpected: transformer.h.2.ln_1.weight" in message
+    assert re.search(r"1 misshapen: transformer.h.0.attn.c_attn.bias \(71,\) for \(72,\)", message)
+    assert "--model_card" in message
+
+
+@pytest.mark.parametrize("card", [{"n_layer": 3}, {"n_layer": 1}, {"n_embd": 30}])
+def test_wrong_card(refused, saved, small_model, card):
+    message = refused(saved(base_of(small_model(seed=1))), r=0, **card)
+    assert "--model_card" in message and "--lora_dim" not in message
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_wrong_rank(checkpoint, refused, small_model, tmp_path, r):
+    checkpoint.save_model(small_model(seed=1, r=3), tmp_path / "model.1.pt")
+    assert "--lora_dim" in refused(tmp_path / "model.1.pt", r=r)
+    if r:
+        checkpoint.save_model(small_model(seed=1, r=0), tmp_path / "base.pt")
+        checkpoint.save_lora(small_model(seed=1, r=3), tmp_path / "lora.pt")
+        model = small_model(seed=3, r=r)
+        with pytest.raises(InputError, match=r"lora.pt: 4 misshapen.*--lora_dim"):
+            checkpoint.load(model, str(tmp_path / "base.pt"), str(tmp_path / "lora.pt"))
+
+
+def test_lora_file_as_base_and_base_as_lora(checkpoint, refused, small_model, tmp_path):
+    base, lora = tmp_path / "base.pt", tmp_path / "lora.pt"
+    checkpoint.save_lora(small_model(seed=1), lora)
+    checkpoint.save_model(small_model(seed=3, r=0), base)
+    message = refused(lora)
+    assert str(lora) in message and "--lora_checkpoint" in message
+    with pytest.raises(InputError, match="base.pt: holds no LoRA matrices; "):
+        checkpoint.load(small_model(seed=3), str(base), str(base))
+    with pytest.raises(InputError, match="--lora_checkpoint, or --lora_dim 0"):
+        checkpoint.load(small_model(seed=3), str(base), lora_required=True)
+    checkpoint.load(small_model(seed=3), str(base), str(lora), lora_required=True)
+    checkpoint.load(small_model(seed=3, r=0), str(base), lora_required=True)
+
+
+def test_untied_head(refused, saved, small_model):
+    weights = with_head(base_of(small_model(seed=1)))
+    weights["lm_head.weight"][0, 0] += 1
+    assert "output head differs" in refused(saved(weights), r=0)
+
+
+def test_missing_damaged_and_other_files(refused, saved, small_model, tmp_path):
+    assert "download_pretrained_checkpoints.sh" in refused(tmp_path / "none.bin")
+    assert "cannot be read" in refused(tmp_path)
+    base = base_of(small_model(seed=1))
+    for name in ("model.bin", "model.safetensors"):
+        path = saved(base, name)
+        whole = path.read_bytes()
+        for size in (0, 10, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            message = refused(path)
+            assert str(path) in message and "fetch or save it again" in message
+    path = saved({"weight": np.zeros(2, np.float32)}, "model.safetensors", dtype="float8_e5m2")
+    assert "weight is of type F8_E5M2" in refused(path)
+    for number, content in enumerate(([1, 2], {}, {"a": "text"}, {1: 2})):
+        path = tmp_path / f"{number}.pt"
+        path.write_bytes(hostile_zip(pickle.dumps(content, 2)))
+        assert "no named weights" in refused(path)
+
+
+def test_hostile_file_is_named_and_runs_nothing(refused, tmp_path):
+    trap = tmp_path / "trapped"
+    for wrap in (hostile_zip, hostile_legacy):
+        path = tmp_path / "hostile.bin"
+        path.write_bytes(wrap(pickle.dumps({"wte.weight": Hostile(trap)}, 2)))
+        message = refused(path)
+        assert f"{path}: refused: it asks for {os.system.__module__}.system" in message
+        assert not trap.exists()
+
+
+def test_the_pytorch_side_of_the_experiment_reads_our_models(small_model, checkpoint, torch_side,
+                                                             tmp_path):
+    model = small_model(seed=1)
+    checkpoint.save_model(model, tmp_path / "model.1.pt")
+    card = {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 61, "n_positions": 40}
+    opened = torch_side("load_into_model", path=str(tmp_path / "model.1.pt"), card=card, r=3)
+    same(opened, weights_of(model))

@@ -1,0 +1,178 @@
+"""The model against transformers' GPT-2 with loralib's layers, in float64 and with its weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import weights_of
+
+CARD = {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 61, "n_positions": 40}
+T = 9
+
+
+def model_options(r):
+    return {"card": CARD, "r": r, "alpha": 6}
+
+
+def batch(kind: str):
+    """Three samples padded to T; the mask is on completions (clm), on all tokens (jlm) or 0."""
+    random = np.random.default_rng(0)
+    ids, mask = np.zeros((3, T), np.int32), np.zeros((3, T), np.float32)
+    target = ids.copy()
+    # no sample reaches the last column; "one column" has a single token to learn, the first
+    for row, (length, context) in enumerate([(8, 3), (5, 1), (2, 1)]):
+        ids[row, :length] = random.integers(CARD["vocab_size"], size=length)
+        target[row, :length - 1] = ids[row, 1:length]
+        mask[row, 0 if kind == "jlm" else context - 1:length - 1] = 1
+    if kind == "masked out":
+        mask[:] = 0
+    elif kind == "full":
+        ids = random.integers(CARD["vocab_size"], size=(3, T)).astype(np.int32)
+        target, mask[:] = np.roll(ids, -1, axis=1), 1
+    elif kind == "one column":
+        mask[:], mask[2, 0] = 0, 1
+    return ids, target, mask
+
+
+def close(ours, truth, tolerance=1e-4):
+    assert ours.shape == truth.shape
+    assert np.linalg.norm(ours - truth) <= tolerance * np.linalg.norm(truth)
+
+
+def logits(model, ids):
+    import jittor as jt
+
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    hidden = model.transformer(jt.array(ids), jt.array(positions.copy()))
+    return model.logits(hidden).numpy().reshape((*ids.shape, -1))
+
+
+@pytest.mark.parametrize("r", [0, 3])
+def test_logits(small_model, torch_side, r):
+    model = small_model(seed=r, r=r)
+    ids = batch("full")[0]
+    truth = torch_side("logits", {**weights_of(model), "input_ids": ids}, **model_options(r))
+    close(logits(model, ids), truth["logits"], 1e-5)
+    close(logits(model, ids[:1, :1]), truth["logits"][:1, :1], 1e-5)
+
+
+@pytest.mark.parametrize("kind, smooth", [("clm", 0.0), ("clm", 0.1), ("jlm", 0.1), ("full", 0.0),
+                                          ("one column", 0.1)])
+def test_loss_and_every_gradient_of_lora(jittor, small_model, torch_side, kind, smooth):
+    import loralib as lora
+
+    model = small_model(seed=1)
+    lora.mark_only_lora_as_trainable(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * CARD["n_layer"]
+    check_gradients(jittor, model, trained, torch_side, batch(kind), smooth, model_options(3))
+
+
+def test_gradients_of_every_weight_without_lora(jittor, small_model, torch_side):
+    model = small_model(seed=2, r=0)
+    trained = dict(model.named_parameters())
+    check_gradients(jittor, model, trained, torch_side, batch("jlm"), 0.1, model_options(0))
+
+
+def check_gradients(jittor, model, trained, torch_side, samples, smooth, options):
+    ids, target, mask = samples
+    arrays = {"input_ids": ids, "target": target, "mask": mask}
+    truth = torch_side("loss_and_gradients", {**weights_of(model), **arrays}, label_smooth=smooth,
+                       **options)
+    model.train()
+    loss = model.loss(ids, target, mask, smooth)
+    gradients = jittor.grad(loss, list(trained.values()))
+    assert float(loss.item()) == pytest.approx(float(truth.pop("loss")), rel=1e-5)
+    assert trained.keys() == truth.keys()
+    for name, gradient in zip(trained, gradients):
+        assert np.linalg.norm(truth[name]) > 0, name
+        close(gradient.numpy(), truth[name])
+
+
+def test_nothing_to_learn(jittor, small_model):
+    """A batch whose contexts fill it teaches nothing, and breaks nothing."""
+    model = small_model()
+    trained = [p for name, p in model.named_parameters() if "lora_" in name]
+    loss = model.loss(*batch("masked out"), 0.1)
+    assert float(loss.item()) == 0
+    assert all((g.numpy() == 0).all() for g in jittor.grad(loss, trained))
+
+
+def test_padding_and_what_follows_change_nothing(small_model):
+    """Neither the ids of padding nor further columns of it have a part in the loss."""
+    model = small_model()
+    ids, target, mask = batch("clm")
+    loss = float(model.loss(ids, target, mask).item())
+    other = np.where(np.arange(T) < np.array([[8], [5], [2]]), ids, 60)
+    assert float(model.loss(other, target, mask).item()) == pytest.approx(loss, rel=1e-6)
+    assert float(model.loss(ids[:, :7], target[:, :7], mask[:, :7]).item()) \
+        == pytest.approx(loss, rel=1e-6)
+
+
+# query lengths, beams; the longest query is not the last one
+@pytest.mark.parametrize("lengths, beams", [((4,), 1), ((1, 6, 3), 2)])
+def test_cached_decoding(jittor, small_model, torch_side, lengths, beams):
+    """Each step's logits are those of the whole sequence read anew, also where beams die, double
+    and change places."""
+    steps, random = 4, np.random.default_rng(beams)
+    model = small_model(seed=3)
+    model.eval()
+    queries = [random.integers(CARD["vocab_size"], size=n).tolist() for n in lengths]
+    padded = np.zeros((len(lengths), max(lengths)), np.int32)
+    for row, query in enumerate(queries):
+        padded[row, :len(query)] = query
+
+    sequences, ours = list(queries), []  # every sequence, and our logits behind it
+    with jittor.no_grad():
+        out, cache = model.start(padded, np.array(lengths), capacity=steps)
+        ours += list(out.numpy())
+        # The first step grows the beams out of one row a sample.
+        current, origin = queries, np.repeat(np.arange(len(lengths)), beams)
+        for _ in range(steps):
+            tokens = random.integers(CARD["vocab_size"], size=(len(lengths), beams))
+            current = [current[row] + [int(token)] for row, token in zip(origin, tokens.ravel())]
+            out = model.step(tokens, origin, cache)
+            sequences += current
+            ours += list(out.numpy())
+            origin = (random.integers(beams, size=(len(lengths), beams))
+                      + beams * np.arange(len(lengths))[:, None]).ravel()
+
+    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
+    for row, sequence in enumerate(sequences):
+        ids[row, :len(sequence)] = sequence
+    truth = torch_side("logits", {**weights_of(model), "input_ids": ids}, **model_options(3))
+    assert len(ours) == len(sequences)
+    for row, sequence in enumerate(sequences):
+        close(ours[row], truth["logits"][row, len(sequence) - 1], 1e-5)
+
+
+def test_two_caches_do_not_meet(jittor, small_model):
+    model = small_model(seed=4)
+    query, token, origin = np.array([[5, 9, 2]], np.int32), np.array([[7]]), np.array([0])
+
+    def decode(other=None):
+        with jittor.no_grad():
+            _, cache = model.start(query, np.array([3]), capacity=2)
+            if other is not None:
+                _, second = model.start(other, np.array([3]), capacity=2)
+                model.step(np.array([[1]]), origin, second).numpy()
+            model.step(token, origin, cache).numpy()
+            return model.step(token, origin, cache).numpy()
+
+    assert np.array_equal(decode(), decode(other=np.array([[8, 8, 8]], np.int32)))
+
+
+def test_cards():
+    from config import MODEL_CARDS
+
+    dims = {name: (c.n_layer, c.n_embd, c.n_head, c.vocab_size, c.n_positions)
+            for name, c in MODEL_CARDS.items()}
+    assert dims == {"gpt2.nano": (4, 128, 4, 50257, 1024), "gpt2.sm": (12, 768, 12, 50257, 1024),
+                    "gpt2.md": (24, 1024, 16, 50257, 1024), "gpt2.lg": (36, 1280, 20, 50257, 1024)}
+
+
+def test_parameter_names_are_those_of_transformers(small_model, torch_side):
+    """torch_side refuses weights whose names or shapes are not exactly its own."""
+    weights = weights_of(small_model())
+    assert "transformer.h.1.attn.c_attn.lora_B" in weights
+    torch_side("logits", {**weights, "input_ids": np.zeros((1, 1))}, **model_options(3))

@@ -1,0 +1,290 @@
+"""Each operator against NumPy in float64 and against its plain twin, forward and backward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def ops(jittor):
+    import ops
+
+    return ops
+
+
+def numerical_gradient(f, x: np.ndarray) -> np.ndarray:
+    """The gradient of a scalar function by central differences in float64."""
+    gradient, step = np.zeros_like(x), 1e-6 * max(1.0, np.abs(x).max())
+    for i in np.ndindex(x.shape):
+        kept = x[i]
+        x[i] = kept + step
+        above = f(x)
+        x[i] = kept - step
+        gradient[i] = (above - f(x)) / (2 * step)
+        x[i] = kept
+    return gradient
+
+
+def close(ours, truth, tolerance):
+    """Both of one shape, and the difference small beside the largest value (or 0.01)."""
+    ours, truth = np.asarray(ours), np.asarray(truth)
+    assert ours.shape == truth.shape
+    assert np.isfinite(ours).all()
+    assert np.abs(ours - truth).max() <= tolerance * max(np.abs(truth).max(), 0.01)
+
+
+@pytest.fixture(scope="module")
+def agree(jittor):
+    """Checks (fused, plain, truth) at float arguments: the value, and the gradients of the value
+    times a random tensor. ``truth`` is a NumPy function, or None: the plain twin must do."""
+    def check(fused, plain, truth, *arguments, tolerance=2e-5):
+        random = np.random.default_rng(0)
+        variables = [jittor.array(a.astype(np.float32)) for a in arguments]
+        exact = [v.numpy().astype(np.float64) for v in variables]
+        upstream = random.normal(size=fused(*variables).shape).astype(np.float32)
+        results = []
+        for function in (fused, plain):
+            y = function(*variables)
+            gradients = jittor.grad((y * jittor.array(upstream)).sum(), variables)
+            results.append([y.numpy(), *(g.numpy() for g in gradients)])
+        if truth is not None:
+            expected = [truth(*exact)]
+            for i in range(len(exact)):
+                def loss(x, i=i):
+                    return (truth(*exact[:i], x, *exact[i + 1:]) * upstream).sum()
+                expected.append(numerical_gradient(loss, exact[i].copy()))
+            results.append(expected)
+        for ours in results[1:]:
+            for a, b in zip(results[0], ours):
+                close(a, b, tolerance)
+    return check
+
+
+def cross_entropy(logits, target, smooth):
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -(1 - smooth) * log_p[np.arange(len(target)), target] - smooth * log_p.mean(axis=1)
+
+
+@pytest.mark.parametrize("rows, vocab", [(1, 2), (1, 33), (5, 17)])
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+def test_cross_entropy(ops, jittor, agree, rows, vocab, smooth):
+    random = np.random.default_rng(rows + vocab)
+    target = random.integers(vocab, size=rows)
+    target[0], target[-1] = 0, vocab - 1
+    ids = jittor.array(target.astype(np.int32))
+    agree(lambda x: ops.cross_entropy(x, ids, smooth),
+          lambda x: ops.plain_cross_entropy(x, ids, smooth),
+          lambda x: cross_entropy(x, target, smooth), random.normal(scale=3, size=(rows, vocab)))
+
+
+def test_cross_entropy_of_a_real_vocabulary(ops, jittor, agree):
+    random = np.random.default_rng(0)
+    ids = jittor.array(np.int32([50256, 0, 17]))
+    agree(lambda x: ops.cross_entropy(x, ids, 0.1), lambda x: ops.plain_cross_entropy(x, ids, 0.1),
+          None, random.normal(scale=3, size=(3, 50257)))
+
+
+def test_cross_entropy_of_large_logits(ops, jittor):
+    """exp of such logits is beyond float32."""
+    logits = np.array([[1e4, -1e4, 0.0], [-2e3, -2e3, -2e3], [500.0, 499.0, -500.0]])
+    target = np.array([1, 2, 1])
+    x = jittor.array(logits.astype(np.float32))
+    for function in (ops.cross_entropy, ops.plain_cross_entropy):
+        for smooth in (0.0, 0.1):
+            loss = function(x, jittor.array(target.astype(np.int32)), smooth)
+            close(loss.numpy(), cross_entropy(logits, target, smooth), 1e-6)
+            p = np.exp(logits - logits.max(axis=1, keepdims=True))
+            wanted = p / p.sum(axis=1, keepdims=True) - smooth / 3
+            wanted[np.arange(3), target] -= 1 - smooth
+            close(jittor.grad(loss.sum(), x).numpy(), wanted, 1e-5)
+
+
+def layer_norm(x, weight, bias, epsilon=1e-5):
+    centred = x - x.mean(axis=1, keepdims=True)
+    return centred / np.sqrt((centred ** 2).mean(axis=1, keepdims=True) + epsilon) * weight + bias
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (4, 15), (3, 33)])
+def test_layer_norm(ops, agree, shape):
+    random = np.random.default_rng(shape[1])
+    agree(lambda *a: ops.layer_norm(*a, 1e-5), lambda *a: ops.plain_layer_norm(*a, 1e-5),
+          layer_norm, random.normal(1.0, 2.0, shape), random.normal(1.0, 0.5, shape[1]),
+          random.normal(size=shape[1]), tolerance=1e-3 if shape == (1, 1) else 2e-5)
+
+
+def test_layer_norm_of_a_real_width_and_its_epsilon(ops, jittor, agree):
+    random = np.random.default_rng(0)
+    x, weight = random.normal(size=(50, 768)), random.normal(1.0, 0.5, 768)
+    x[0] = 3.0  # no variance at all
+    agree(lambda *a: ops.layer_norm(*a, 1e-5), lambda *a: ops.plain_layer_norm(*a, 1e-5), None,
+          x, weight, random.normal(size=768))
+    small = x[1:4, :33] * 1e-3  # where the epsilon weighs
+    one, zero = np.ones(33), np.zeros(33)
+    ours = ops.layer_norm(*(jittor.array(a.astype(np.float32)) for a in (small, one, zero)), 1e-3)
+    close(ours.numpy(), layer_norm(small, one, zero, 1e-3), 1e-5)
+
+
+def test_layer_norm_far_from_zero(ops, jittor):
+    x = np.random.default_rng(0).normal(1000.0, 1.0, (3, 33)).astype(np.float32)
+    one, zero = np.ones(33, np.float32), np.zeros(33, np.float32)
+    ours = ops.layer_norm(jittor.array(x), jittor.array(one), jittor.array(zero), 1e-5)
+    close(ours.numpy(), layer_norm(x.astype(np.float64), one, zero), 1e-3)
+
+
+def bias_gelu(x, bias):
+    x = x + bias
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 33)])
+def test_bias_gelu(ops, agree, shape):
+    random = np.random.default_rng(shape[1])
+    agree(ops.bias_gelu, ops.plain_bias_gelu, bias_gelu, random.normal(scale=2, size=shape),
+          random.normal(size=shape[1]))
+
+
+def test_bias_gelu_of_large_values(ops, jittor):
+    values = np.float32([[-1e4, -100, -20, -5, -1e-3, 0, 1e-3, 5, 20, 100, 1e4]])
+    x, bias = jittor.array(values), jittor.zeros(values.shape[1])
+    y = ops.bias_gelu(x, bias)
+    close(y.numpy(), bias_gelu(values.astype(np.float64), 0.0), 1e-6)
+    slope = jittor.grad(y.sum(), x).numpy()[0]
+    wanted = [numerical_gradient(lambda v: bias_gelu(v, 0.0).sum(), np.array([v]))[0]
+              for v in values[0, 1:-1].astype(np.float64)]
+    close(slope[1:-1], wanted, 1e-5)
+    assert abs(slope[0]) < 1e-20 and slope[-1] == 1
+
+
+def lora_up(y, bias, low, lora_B, scaling, columns):
+    y, groups = y + bias, len(columns)
+    rank, width = lora_B.shape[1], lora_B.shape[0] // groups
+    for g, column in enumerate(columns):
+        up = lora_B[g * width:(g + 1) * width]
+        y[:, column:column + width] += scaling * low[:, g * rank:(g + 1) * rank] @ up.T
+    return y
+
+
+@pytest.mark.parametrize("rows, width, rank, columns, out", [
+    (1, 1, 1, [0], 1), (4, 5, 3, [0, 10], 15), (3, 7, 2, [7], 21), (2, 4, 1, [0, 4, 8], 12)])
+def test_lora_up(ops, agree, rows, width, rank, columns, out):
+    random = np.random.default_rng(out)
+    groups = len(columns)
+    agree(lambda *a: ops.lora_up(*a, 2.5, columns), lambda *a: ops.plain_lora_up(*a, 2.5, columns),
+          lambda *a: lora_up(*a, 2.5, columns), random.normal(size=(rows, out)),
+          random.normal(size=out), random.normal(size=(rows, rank * groups)),
+          random.normal(size=(width * groups, rank)))
+
+
+def attention(qkv):
+    q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # (B, H, T, D)
+    scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])
+    scores = np.where(np.tril(np.ones(scores.shape[2:], bool)), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 1, 1), (2, 1, 3, 2, 3), (1, 6, 3, 1, 5),
+                                   (2, 5, 3, 3, 2)])
+def test_causal_attention(ops, agree, shape):
+    qkv = np.random.default_rng(sum(shape)).normal(scale=1.5, size=shape)
+    agree(ops.causal_attention, ops.plain_causal_attention, attention, qkv)
+
+
+def test_causal_attention_of_a_real_size(ops, agree):
+    qkv = np.random.default_rng(0).normal(size=(2, 70, 3, 3, 64))
+    agree(ops.causal_attention, ops.plain_causal_attention, None, qkv)
+
+
+def test_causal_attention_of_large_scores(ops, jittor):
+    qkv = np.random.default_rng(0).normal(scale=60, size=(1, 9, 3, 2, 8)).astype(np.float32)
+    for function in (ops.causal_attention, ops.plain_causal_attention):
+        x = jittor.array(qkv)
+        y = function(x)
+        close(y.numpy(), attention(qkv.astype(np.float64)), 1e-3)
+        assert np.isfinite(jittor.grad(y.sum(), x).numpy()).all()
+
+
+def test_softmax_gives_no_weight_to_masked_scores(ops, jittor):
+    scores = np.float32([[1.0, ops.MASKED, 3.0], [ops.MASKED, -5e3, ops.MASKED]])
+    weights = ops.plain_softmax(jittor.array(scores)).numpy()
+    assert weights[0, 1] == 0 and weights[1].tolist() == [0, 1, 0]
+    close(weights[0, [0, 2]], [1 / (1 + np.e ** 2), 1 / (1 + np.e ** -2)], 1e-6)
+
+
+@pytest.mark.parametrize("batch, beams, query_len", [(1, 1, [4]), (3, 2, [1, 5, 3])])
+def test_beam_attention(ops, jittor, batch, beams, query_len):
+    """Three steps in which beams die, double and change places."""
+    random = np.random.default_rng(beams)
+    heads, depth, steps, rows = 2, 5, 3, batch * beams
+    longest = max(query_len)
+    prefix = random.normal(size=(batch, longest, 3, heads, depth)).astype(np.float32)
+    tokens = random.normal(size=(steps, batch, beams, 3, heads, depth)).astype(np.float32)
+    origins = [random.integers(beams, size=(batch, beams)) + beams * np.arange(batch)[:, None]
+               for _ in range(steps)]
+    ancestors = np.zeros((0, rows), np.int32)
+    stores = [None, None]
+    for step in range(steps):
+        ancestors = np.concatenate([ancestors[:, origins[step].ravel()], np.arange(rows)[None]])
+        given = [jittor.array(a) for a in (tokens[step], prefix, np.int32(query_len))]
+        past = jittor.array(ancestors.astype(np.int32))
+        fused, stores[0] = ops.beam_attention(*given, stores[0], past, steps)
+        fused = fused.numpy()
+        plain, stores[1] = ops.plain_beam_attention(*given, stores[1], past)
+        for row in range(rows):
+            sample, beam = divmod(row, beams)
+            line = [tokens[s].reshape(rows, 3, heads, depth)[ancestors[s, row]]
+                    for s in range(step + 1)]
+            line = np.concatenate([prefix[sample, :query_len[sample]], line]).astype(np.float64)
+            wanted = attention(line[None])[0, -1]
+            close(fused[sample, beam], wanted, 2e-5)
+            close(plain.numpy()[sample, beam], wanted, 2e-5)
+
+
+def mask_of(ops, jittor, shape, p, seed):
+    return ops.dropout(jittor.ones(shape), p, seed).numpy()
+
+
+def test_dropout_rate_and_scaling(ops, jittor):
+    for p in (0.1, 0.5):
+        mask = mask_of(ops, jittor, (300, 257), p, 7)
+        dropped = (mask == 0)
+        assert np.allclose(mask[~dropped], 1 / (1 - p), rtol=1e-6)
+        deviation = np.sqrt(p * (1 - p) / mask.size)
+        assert abs(dropped.mean() - p) < 4 * deviation
+        for axis in (0, 1):  # no row or column is dropped much more than others
+            n = mask.shape[axis]
+            assert np.abs(dropped.mean(axis=axis) - p).max() < 5 * np.sqrt(p * (1 - p) / n)
+    assert (mask_of(ops, jittor, (3, 5), 0.0, 7) == 1).all()
+
+
+def test_dropout_depends_on_seed_and_position_alone(ops, jittor):
+    first = mask_of(ops, jittor, (40, 50), 0.3, 11)
+    assert (first == mask_of(ops, jittor, (40, 50), 0.3, 11)).all()
+    assert (first.ravel()[:60] == mask_of(ops, jittor, (2, 30), 0.3, 11).ravel()).all()
+    x = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
+    assert np.array_equal(ops.dropout(jittor.array(x), 0.3, 11).numpy(), x * first)
+    for seed in (12, 11 + 2 ** 30):  # independent masks agree where both drop or both keep
+        agreeing = ((first == 0) == (mask_of(ops, jittor, (40, 50), 0.3, seed) == 0)).mean()
+        assert abs(agreeing - (0.3 ** 2 + 0.7 ** 2)) < 4 * np.sqrt(0.58 * 0.42 / 2000)
+
+
+def test_dropout_is_the_hash_it_says(ops, jittor):
+    """So that a run gives the same on every device and with every compiler."""
+    h = np.arange(2000, dtype=np.uint32) * np.uint32(0x9E3779B9) ^ np.uint32(2 ** 31 - 1)
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x7FEB352D)
+    h ^= h >> np.uint32(15)
+    h *= np.uint32(0x846CA68B)
+    h ^= h >> np.uint32(16)
+    kept = (h >> np.uint32(8)) / 2.0 ** 24 >= 0.3
+    assert ((mask_of(ops, jittor, (40, 50), 0.3, 2 ** 31 - 1) != 0).ravel() == kept).all()
+
+
+def test_dropout_gradient_has_the_same_mask(ops, jittor):
+    x = jittor.ones((7, 9))
+    upstream = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
+    y = ops.dropout(x, 0.4, 5)
+    gradient = jittor.grad((y * jittor.array(upstream)).sum(), x).numpy()
+    assert np.allclose(gradient, y.numpy() * upstream, rtol=1e-6) and (gradient == 0).any()

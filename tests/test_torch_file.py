@@ -1,0 +1,210 @@
+"""Our reader and writer of PyTorch's files against torch.save and torch.load."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import random
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+import torch_file
+from cli import InputError
+
+
+class Hostile:
+    """Unpickled the usual way, this leaves a file at ``path``."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_of_every_kind(torch_side, tmp_path, zipped):
+    path = tmp_path / "odd.pt"
+    truth = torch_side("save_odd_tensors", path=str(path), zipped=zipped)
+    assert zipfile.is_zipfile(path) == zipped
+    loaded = torch_file.load(path)
+    assert (loaded["step"], loaded["note"], loaded["fresh"]) == (3, "a text", True)
+    assert loaded["list"] == [1, (2.5, None)]
+    assert loaded["tensors"].keys() == truth.keys()
+    for name, array in loaded["tensors"].items():
+        assert array.dtype == truth[name].dtype and array.shape == truth[name].shape, name
+        assert np.array_equal(array, truth[name]), name
+
+
+def test_torch_opens_what_we_save(torch_side, tmp_path):
+    generator = np.random.default_rng(0)
+    base = generator.normal(size=(4, 6)).astype(np.float32)
+    state = {"model_state_dict": {"a": base, "tied": base, "transposed": base.T,
+                                  "part": base[1:3, ::2], "scalar": np.float32([7]).reshape(()),
+                                  "empty": np.zeros((0, 2), np.float32),
+                                  "wide": np.float32([[1.5]]) * np.ones((1, 3), np.float64)},
+             "step": 1050, "below 0": -1, "text": "Gr\u00fc\u00dfe", "yes": True, "no": False,
+             "nothing": {}}
+    path = tmp_path / "ours.pt"
+    torch_file.save(path, state)
+    truth = torch_side("load", path=str(path))
+    assert (truth.pop("step"), truth.pop("below 0"), truth.pop("text")) \
+        == (1050, -1, "Gr\u00fc\u00dfe")
+    assert truth.pop("yes") and not truth.pop("no")
+    assert truth.keys() == {f"model_state_dict/{name}" for name in state["model_state_dict"]}
+    ours = torch_file.load(path)
+    assert ours["nothing"] == {} and ours["yes"] is True
+    for name, array in state["model_state_dict"].items():
+        for read in (truth[f"model_state_dict/{name}"], ours["model_state_dict"][name]):
+            assert read.dtype == np.float32 and read.shape == array.shape, name
+            assert np.array_equal(read, array), name
+    with zipfile.ZipFile(path) as archive:  # what is tied is stored once
+        assert sum("data/" in name for name in archive.namelist()) == 6
+
+
+def test_equal_content_gives_equal_bytes(tmp_path, monkeypatch):
+    for folder, now in (("a", 1e9), ("b", 2e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        array = np.arange(6, dtype=np.float32).reshape(2, 3)
+        torch_file.save(tmp_path / folder / "model.pt", {"x": array, "y": array, "n": 3})
+    assert (tmp_path / "a/model.pt").read_bytes() == (tmp_path / "b/model.pt").read_bytes()
+    torch_file.save(tmp_path / "b/model.pt", {"x": array + 1, "y": array, "n": 3})
+    assert (tmp_path / "a/model.pt").read_bytes() != (tmp_path / "b/model.pt").read_bytes()
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        torch_file.save(tmp_path, {"x": np.zeros(1, np.float32)})
+
+
+def hostile_zip(payload: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("model/data.pkl", payload)
+        archive.writestr("model/version", "3\n")
+    return file.getvalue()
+
+
+def hostile_legacy(payload: bytes) -> bytes:
+    return b"".join(pickle.dumps(part, 2) for part in (
+        torch_file.LEGACY_MAGIC, 1001, {"little_endian": True})) + payload
+
+
+@pytest.mark.parametrize("wrap", [hostile_zip, hostile_legacy, bytes])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_file_runs_no_code(tmp_path, wrap, protocol):
+    trap, path = tmp_path / "trapped", tmp_path / "hostile.pt"
+    payload = pickle.dumps({"weights": [Hostile(trap)]}, protocol)
+    path.write_bytes(wrap(payload))
+    with pytest.raises(torch_file.TorchFileError, match=r"refused: it asks for posix\.system"):
+        torch_file.load(path)
+    assert not trap.exists()
+    pickle.loads(payload)  # the trap does work
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch._utils._rebuild_tensor",
+                                  "numpy.core.multiarray._reconstruct", "collections.Counter",
+                                  "torch.FloatStorage.__class__"])
+def test_other_globals_are_refused_too(tmp_path, name):
+    module, _, attribute = name.rpartition(".")
+    if name.startswith("torch.FloatStorage"):
+        module, attribute = "torch", "FloatStorage.__class__"  # a dotted name, as protocol 4 has
+    path = tmp_path / "file.pt"
+    text = b"".join(b"\x8c" + bytes([len(s)]) + s.encode() for s in (module, attribute))
+    path.write_bytes(hostile_zip(b"\x80\x04" + text + b"\x93."))
+    with pytest.raises(torch_file.TorchFileError, match=f"refused: it asks for {name}"):
+        torch_file.load(path)
+
+
+def test_ordered_dict_is_a_plain_container(tmp_path):
+    path = tmp_path / "file.pt"
+    path.write_bytes(hostile_zip(pickle.dumps(OrderedDict(a=1), 2)))
+    assert torch_file.load(path) == {"a": 1}
+
+
+def tensor_pickle(count=4, offset=0, shape=(2, 2), stride=(2, 1)) -> bytes:
+    """The pickle of a state dict with one tensor, of storage "0"."""
+    numbers = (b"".join(pickle.dumps(x, 2)[2:-1] for x in (offset, shape, stride)))
+    storage = (b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0" b"0X\x03\0\0\0cpu"
+               + pickle.dumps(count, 2)[2:-1] + b"tQ")
+    return (b"\x80\x02}X\x01\0\0\0xctorch._utils\n_rebuild_tensor_v2\n(" + storage + numbers
+            + b"\x89ccollections\nOrderedDict\n)RtRs.")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"shape": (3, 2)}, "larger than its data"),
+    ({"offset": 1}, "larger than its data"),
+    ({"stride": (3, 1)}, "larger than its data"),
+    ({"offset": -1}, "impossible shape"),
+    ({"stride": (-2, 1)}, "impossible shape"),
+    ({"shape": (2, 2, 1)}, "impossible shape"),
+    ({"count": 5}, "16 bytes, not 20"),
+])
+def test_a_tensor_stays_within_its_data(tmp_path, change, message):
+    path = tmp_path / "file.pt"
+
+    def write(**fields):
+        path.write_bytes(hostile_zip(tensor_pickle(**fields)))
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("model/data/0", np.arange(4, dtype="<f4").tobytes())
+
+    write()
+    assert torch_file.load(path)["x"].tolist() == [[0, 1], [2, 3]]
+    write(**change)
+    with pytest.raises(torch_file.TorchFileError, match=message):
+        torch_file.load(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_files_are_refused(torch_side, tmp_path, zipped):
+    """Cut anywhere, or with bytes changed anywhere, a file loads or is refused, never worse."""
+    path = tmp_path / "file.pt"
+    torch_side("save", {"weight": np.arange(12, dtype=np.float32).reshape(3, 4)}, path=str(path),
+               zipped=zipped, wrapped=True)
+    whole, generator = path.read_bytes(), random.Random(0)
+    for end in [0, 1, 10, *(len(whole) * i // 20 for i in range(1, 20)), len(whole) - 1]:
+        path.write_bytes(whole[:end])
+        with pytest.raises(torch_file.TorchFileError):
+            torch_file.load(path)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(generator.randint(1, 4)):
+            damaged[generator.randrange(len(whole))] = generator.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            torch_file.load(path)
+        except torch_file.TorchFileError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 20
+
+
+@pytest.mark.parametrize("content", [b"", b"text\n", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"\x80"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "file.pt"
+    path.write_bytes(content)
+    with pytest.raises(torch_file.TorchFileError):
+        torch_file.load(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "<w/>")
+    with pytest.raises(torch_file.TorchFileError, match="no PyTorch checkpoint"):
+        torch_file.load(path)
+
+
+def test_big_endian_files_are_refused(tmp_path):
+    path = tmp_path / "file.pt"
+    torch_file.save(path, {"n": 1})
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    parts["file/byteorder"] = b"big"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    with pytest.raises(torch_file.TorchFileError, match="big-endian"):
+        torch_file.load(path)

@@ -1,0 +1,236 @@
+"""PyTorch's side of the tests, in a process of its own because it can clash with Jittor.
+
+Reads requests from stdin, a JSON object a line: ``{"operation": NAME, "options": {...}, "folder":
+DIR}``. Calls the function NAME below with the arrays of DIR/in.npz and the options, writes the
+arrays it returns to DIR/out.npz and answers ``done``. The models, data and schedules are those of
+align/, which are made of transformers, loralib and PyTorch's own parts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "align"))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import loralib  # noqa: E402
+import torch_beam  # noqa: E402
+import torch_data  # noqa: E402
+import torch_model  # noqa: E402
+import torch_optim  # noqa: E402
+
+
+def permutations(arrays, sizes, seeds):
+    return {f"{n} {seed}": torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+            for n in sizes for seed in seeds}
+
+
+def batches(arrays, path, batch_size, seq_len, joint_lm, seed, epochs, drop_last):
+    """The batches of the given epochs one after the other: "EPOCH NUMBER input" ..."""
+    dataset = torch_data.FTDataset(torch_data.read_samples(path), batch_size, seq_len, joint_lm)
+    loader = torch_data.make_loader(dataset, seed, drop_last)
+    results = {}
+    for turn, epoch in enumerate(epochs):
+        loader.sampler.set_epoch(epoch)
+        for number, batch in enumerate(loader):
+            for name in ("input", "target", "mask"):
+                results[f"{turn} {number} {name}"] = batch[name].numpy()
+    return results
+
+
+def _model(arrays, card, r, alpha, dtype="float64"):
+    model = torch_model.build(card, lora_dim=r, lora_alpha=alpha)
+    parameters = dict(model.named_parameters())
+    weights = {name: a for name, a in arrays.items() if name.startswith("transformer.")}
+    assert weights.keys() == parameters.keys()
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(torch.from_numpy(weights[name]))
+    return model.to(getattr(torch, dtype))
+
+
+def logits(arrays, **model):
+    """``input_ids`` (B, T) -> ``logits`` (B, T, V)."""
+    with torch.no_grad():
+        ids = torch.from_numpy(arrays["input_ids"]).long()
+        return {"logits": _model(arrays, **model)(ids).logits.numpy()}
+
+
+def loss_and_gradients(arrays, label_smooth, **model):
+    """``loss`` and the gradient of every trained parameter by name."""
+    model = _model(arrays, **model)
+    out = model(torch.from_numpy(arrays["input_ids"]).long()).logits
+    loss = torch_model.loss(out, torch.from_numpy(arrays["target"]).long(),
+                            torch.from_numpy(arrays["mask"]).to(out.dtype), label_smooth)
+    loss.backward()
+    return {"loss": loss.detach().numpy(),
+            **{n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+def lora_state(arrays, **model):
+    """What loralib calls LoRA's state, of the model as it starts out."""
+    torch.manual_seed(0)
+    model = torch_model.build(model["card"], lora_dim=model["r"], lora_alpha=model["alpha"])
+    return {name: value.numpy() for name, value in loralib.lora_state_dict(model).items()}
+
+
+def merged_linear(arrays, enable_lora, r, alpha):
+    """loralib's layer: ``y`` and the gradients of sum(y * ``upstream``) of x and all weights."""
+    n_in, n_out = arrays["weight"].shape
+    layer = loralib.MergedLinear(n_in, n_out, r=r, lora_alpha=alpha, enable_lora=enable_lora,
+                                 fan_in_fan_out=True, merge_weights=False).double()
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            p.copy_(torch.from_numpy(arrays[name]))
+            p.requires_grad_()
+    x = torch.from_numpy(arrays["x"]).double().requires_grad_()
+    y = layer(x)
+    (y * torch.from_numpy(arrays["upstream"])).sum().backward()
+    return {"y": y.detach().numpy(), "x": x.grad.numpy(),
+            **{name: p.grad.numpy() for name, p in layer.named_parameters()}}
+
+
+def adamw(arrays, rates, no_decay_bias, **options):
+    """``weight``, ``bias`` after an update with each of ``grad_weight``, ``grad_bias``."""
+    module = torch.nn.Module()
+    for name in ("weight", "bias"):
+        setattr(module, name, torch.nn.Parameter(torch.from_numpy(arrays[name]).double()))
+    optimizer = torch_optim.AdamW(torch_optim.parameter_groups(module, no_decay_bias), lr=0.0,
+                                  **options)
+    trace = {"weight": [], "bias": []}
+    for step, rate in enumerate(rates):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for name in trace:
+            getattr(module, name).grad = torch.from_numpy(arrays[f"grad_{name}"][step]).double()
+        optimizer.step()
+        for name, values in trace.items():
+            values.append(getattr(module, name).detach().numpy().copy())
+    return trace
+
+
+def clip(arrays, max_norm):
+    parameters = {name: torch.nn.Parameter(torch.zeros(a.shape)) for name, a in arrays.items()}
+    for name, p in parameters.items():
+        p.grad = torch.from_numpy(arrays[name])
+    torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+    return {name: p.grad.numpy() for name, p in parameters.items()}
+
+
+def schedule(arrays, steps, **options):
+    """``rates``: the learning rate after 0, 1, ... micro-batches."""
+    rule, rates = torch_optim.make_schedule(**options), []
+    for _ in range(steps):
+        rates.append(rule.lr)
+        rule.step()
+    return {"rates": rates}
+
+
+def transformers_schedule(arrays, name, lr, warmup_step, max_step, steps):
+    """The same from transformers' schedules, which are torch's LambdaLR."""
+    import transformers
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    if name == "linear":
+        rule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_step, max_step)
+    else:
+        rule = transformers.get_constant_schedule_with_warmup(optimizer, warmup_step)
+    assert isinstance(rule, torch.optim.lr_scheduler.LambdaLR)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rule.step()
+    return {"rates": rates}
+
+
+def beam_search(arrays, model, queries, options):
+    """``0``, ``1``, ...: for each of the options the continuation of each query, -1 behind it."""
+    model, results = _model(arrays, **model), {}
+    for number, settings in enumerate(options):
+        found = [torch_beam.search(model, query, **settings) for query in queries]
+        length = settings["eval_len"]
+        results[str(number)] = [ids + [-1] * (length - len(ids)) for ids in found]
+    return results
+
+
+def _odd_tensors():
+    """Tensors of every kind that a checkpoint may hold."""
+    torch.manual_seed(0)
+    base = torch.randn(6, 4)
+    expanded = torch.randn(1, 3).expand(2, 3)
+    return {"float32": torch.randn(2, 3), "float64": torch.randn(3).double(),
+            "float16": torch.randn(5).half(), "bfloat16": torch.randn(2, 2, 2).bfloat16(),
+            "int64": torch.tensor([-2**40, 7]), "int32": torch.tensor([-3], dtype=torch.int32),
+            "bool": torch.tensor([True, False]), "uint8": torch.tensor([255], dtype=torch.uint8),
+            "transposed": torch.randn(3, 5).t(), "permuted": torch.randn(2, 3, 4).permute(2, 0, 1),
+            "shared": base, "row": base[2], "column": base[:, 1], "every other": base[1::2, ::2],
+            "expanded": expanded, "scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3),
+            "parameter": torch.nn.Parameter(torch.randn(2)), "ends": base[5:, 3:]}
+
+
+def save_odd_tensors(arrays, path, zipped):
+    tensors = _odd_tensors()
+    torch.save({"tensors": tensors, "step": 3, "note": "a text", "list": [1, (2.5, None)],
+                "fresh": True}, path, _use_new_zipfile_serialization=zipped)
+    return {name: (t.float() if t.dtype == torch.bfloat16 else t).detach().numpy()
+            for name, t in tensors.items()}
+
+
+def save(arrays, path, dtype="float32", zipped=True, wrapped=False):
+    """torch.save of the arrays as a state dict, contiguous or, what is 2-D, transposed."""
+    state = {name: torch.from_numpy(np.asfortranarray(a)).to(getattr(torch, dtype))
+             for name, a in arrays.items()}
+    torch.save({"model_state_dict": state, "step": 7} if wrapped else state, path,
+               _use_new_zipfile_serialization=zipped)
+    return {}
+
+
+def load(arrays, path):
+    """What torch.load sees in a file, the strict way; names of nested dicts joined by "/"."""
+    def flat(value, name):
+        if isinstance(value, dict):
+            return {k: v for key, item in value.items()
+                    for k, v in flat(item, f"{name}/{key}" if name else key).items()}
+        return {name: value.numpy() if torch.is_tensor(value) else np.array(value)}
+
+    return flat(torch.load(path, weights_only=True), "")
+
+
+def save_safetensors(arrays, path, dtype="float32"):
+    from safetensors.torch import save_file
+
+    save_file({name: torch.from_numpy(a).to(getattr(torch, dtype)) for name, a in arrays.items()},
+              path)
+    return {}
+
+
+def load_into_model(arrays, path, card, r):
+    model = torch_model.build(card, lora_dim=r)
+    torch_model.load_weights(model, path)
+    return {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+
+OPERATIONS = {function.__name__: function for function in (
+    permutations, batches, logits, loss_and_gradients, lora_state, merged_linear, adamw, clip,
+    schedule, transformers_schedule, beam_search, save_odd_tensors, save, save_safetensors,
+    load, load_into_model)}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        folder = Path(request["folder"])
+        with np.load(folder / "in.npz") as arrays:
+            results = OPERATIONS[request["operation"]](dict(arrays), **request["options"])
+        np.savez(folder / "out.npz", **results)
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -71,7 +71,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         try:
             return safetensors.numpy.load_file(path)
-        except (TypeError, KeyError):  # it holds types that NumPy does not have
+        except (TypeError, AttributeError, KeyError):  # it holds types that NumPy does not have
             tensors = dict(safetensors.deserialize(path.read_bytes()))
     except safetensors.SafetensorError as error:
         raise torch_file.TorchFileError(f"damaged, or no safetensors file ({error})") from None

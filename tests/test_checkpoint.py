@@ -97,18 +97,12 @@ def test_every_naming(checkpoint, small_model, saved, naming):
     same(filled(checkpoint, small_model, path, r=0), base)
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.safetensors"])
+@pytest.mark.parametrize("name, options", [
+    ("model.bin", {}), ("model.pt", {"zipped": False}), ("model.safetensors", {})])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_every_format(checkpoint, small_model, saved, name, dtype, zipped):
-    if name.endswith(".safetensors"):
-        if not zipped:
-            pytest.skip("safetensors has one format only")
-        options = {"dtype": dtype}
-    else:
-        options = {"dtype": dtype, "zipped": zipped}
+def test_every_format(checkpoint, small_model, saved, name, options, dtype):
     base = base_of(small_model(seed=1))
-    path = saved(hugging_face(base), name, **options)
+    path = saved(hugging_face(base), name, dtype=dtype, **options)
     tolerance = {"float32": 0.0, "float16": 1e-3, "bfloat16": 8e-3}[dtype]
     same(filled(checkpoint, small_model, path, r=0), base, tolerance)
 

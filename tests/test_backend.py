@@ -1,0 +1,157 @@
+"""What surrounds Jittor: the choice of device, oneDNN, and its silence."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import runpy
+import subprocess
+import sys
+import uuid
+from types import SimpleNamespace
+
+import pytest
+
+import backend
+from cli import InputError
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Pretends a machine: its driver (None or a number of GPUs), its nvcc's answer, its libraries.
+
+    Returns the path of nvcc.
+    """
+    def make(gpus=1, release="release 12.4, V12.4.131", libraries=("libcudart.so", "libcublas.so")):
+        def load(name):
+            assert name == "libcuda.so.1"
+            if gpus is None:
+                raise OSError(name)
+
+            def count(pointer):
+                pointer._obj.value = gpus
+                return 0
+            return SimpleNamespace(cuInit=lambda flags: 0 if gpus else 100, cuDeviceGetCount=count)
+
+        nvcc = tmp_path / "cuda/bin/nvcc"
+        monkeypatch.setattr(ctypes, "CDLL", load)
+        monkeypatch.setenv("nvcc_path", str(nvcc))
+        if release is not None:
+            nvcc.parent.mkdir(parents=True)
+            nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, {release}'\n")
+            nvcc.chmod(0o755)
+        for name in libraries:
+            (tmp_path / "cuda/lib64").mkdir(parents=True, exist_ok=True)
+            (tmp_path / "cuda/lib64" / name).touch()
+        return str(nvcc)
+    return make
+
+
+def test_a_machine_with_cuda(machine):
+    nvcc = machine()
+    assert backend.find_cuda() == (nvcc, "")
+
+
+@pytest.mark.parametrize("obstacle, reason", [
+    ({"gpus": None}, "no NVIDIA driver"),
+    ({"gpus": 0}, "finds no GPU"),
+    ({"release": None}, "no nvcc"),
+    ({"release": "release 13.0, V13.0.48"}, r"CUDA 13\.0 .* nvcc_path"),
+    ({"release": "release 10.2, V10.2.89"}, r"CUDA 10\.2"),
+    ({"release": "something else"}, "nvcc is CUDA"),
+    ({"libraries": ["libcublas.so"]}, "no libcudart.so"),
+    ({"libraries": ["libcudart.so"]}, "no libcublas.so"),
+])
+def test_a_machine_without(machine, obstacle, reason):
+    machine(**obstacle)
+    nvcc, found = backend.find_cuda()
+    assert nvcc is None
+    assert re.search(reason, found), found
+    with pytest.raises(InputError, match="--device cuda: .*; use --device cpu") as error:
+        backend.start("cuda")
+    assert found in str(error.value) and "\n" not in str(error.value)
+
+
+def test_this_machine_says_why_it_has_no_cuda(root):
+    nvcc, reason = backend.find_cuda()
+    assert bool(nvcc) != bool(reason)
+    if nvcc:
+        pytest.skip("this machine has a GPU")
+    process = subprocess.run(
+        [sys.executable, root / "src/gpt2_beam.py", "--data", "none.jsonl", "--init_checkpoint",
+         "none.pt", "--device", "cuda"], capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr == f"error: --device cuda: {reason}; use --device cpu, or mend that\n"
+
+
+QUIET = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import backend
+assert backend.start("cpu", seed=3) == "cpu"
+import jittor as jt
+import numpy as np
+# an operator that was never compiled before
+x = jt.code((2,), "float32", [], cpu_header="// " + sys.argv[2], cpu_src="@out(0) = @out(1) = 4;")
+assert x.sqrt().numpy().tolist() == [2, 2]
+assert jt.flags.use_cuda == 0
+jt.set_global_seed(3)
+first = jt.rand(3).numpy().tolist()
+backend.start("cpu", seed=3)
+assert jt.rand(3).numpy().tolist() == first
+speak = 'std::cerr << "Compiling Operators(1/1)\\\\r" << "a " << "warning\\\\n"; @out(0) = 1;'
+jt.code((1,), "int32", [], cpu_header="#include <iostream>", cpu_src=speak).sync()
+"""
+
+
+@pytest.mark.parametrize("variables", [{}, {"nvcc": "on the path"}])
+def test_start_is_quiet_and_needs_no_nvcc(jittor, root, tmp_path, variables):
+    """Also while compiling, and where an nvcc without a GPU stands on the path."""
+    environment = dict(os.environ)
+    for name in ("nvcc_path", "conv_opt", "log_silent", "cache_name", "use_mkl"):
+        environment.pop(name, None)  # set by the fixture's own start
+    if variables:
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text("#!/bin/sh\nexit 1\n")
+        nvcc.chmod(0o755)
+        environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    process = subprocess.run([sys.executable, "-c", QUIET, root / "src", uuid.uuid4().hex],
+                             capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "device: CPU (as asked by --device cpu)\n" * 2
+    assert process.stderr == "a warning\n"  # what is not about compiling is passed on
+
+
+def test_matrix_products_are_onednn_ones(jittor):
+    from jittor import compile_extern
+
+    if os.environ["use_mkl"] != "1":
+        pytest.skip("oneDNN's wheels are not installed on this machine")
+    assert compile_extern.mkl_ops is not None
+
+
+def test_no_compiler(root, tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import backend, cli; " \
+           "cli.run(lambda: backend.start('cpu'))"
+    process = subprocess.run([sys.executable, "-c", code, root / "src"], capture_output=True,
+                             text=True, env={**os.environ, "cc_path": str(tmp_path / "g++")})
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: g++ not found") and process.stderr.count("\n") == 1
+
+
+def test_backend_comes_before_jittor(jittor, root):
+    with pytest.raises(ImportError, match="import backend before jittor"):
+        runpy.run_path(str(root / "src/backend.py"))
+
+
+def test_flag(capsys):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    backend.add_device_flag(parser)
+    assert parser.parse_args([]).device == "auto"
+    assert parser.parse_args(["--device", "cuda"]).device == "cuda"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--device", "tpu"])
+    assert "--device" in capsys.readouterr().err

@@ -25,11 +25,11 @@ demo)
     MODEL_CARD=gpt2.nano
     DATA="${DATA:-./data/demo/work}"
     WORK_DIR="${WORK_DIR:-./trained_models/demo}"
-    BASE_EPOCHS="${BASE_EPOCHS:-4}"
-    EPOCHS="${EPOCHS:-6}"
+    BASE_STEPS="${BASE_STEPS:-900}"
+    EPOCHS="${EPOCHS:-1}"
     BATCH_SIZE="${BATCH_SIZE:-8}"
     GRAD_ACC="${GRAD_ACC:-1}"
-    LEARNING_RATE="${LEARNING_RATE:-0.005}"
+    LEARNING_RATE="${LEARNING_RATE:-0.001}"
     WARMUP_STEPS="${WARMUP_STEPS:-50}"
     BEAM_BATCH_SIZE="${BEAM_BATCH_SIZE:-16}"
     ;;
@@ -40,6 +40,7 @@ demo)
 esac
 DEVICE="${DEVICE:-auto}"  # auto, cpu or cuda
 SEED="${SEED:-2025}"
+LOG_INTERVAL="${LOG_INTERVAL:-100}"
 LORA_DIM="${LORA_DIM:-4}"
 LORA_ALPHA="${LORA_ALPHA:-32}"
 
@@ -72,6 +73,7 @@ fine_tune() {  # BASE_CHECKPOINT
         --lora_alpha "$LORA_ALPHA" \
         --lora_dropout 0.1 \
         --label_smooth 0.1 \
+        --log_interval "$LOG_INTERVAL" \
         --work_dir "$WORK_DIR" \
         --random_seed "$SEED" \
         --device "$DEVICE"
@@ -123,7 +125,11 @@ run_e2e() {
     gpt2.lg) base=gpt2-large-pytorch_model.bin ;;
     *) base="" ;;
     esac
-    base="${INIT_CHECKPOINT:-./pretrained_checkpoints/$base}"
+    base="${INIT_CHECKPOINT:-${base:+./pretrained_checkpoints/$base}}"
+    if [[ -z "$base" ]]; then
+        echo "error: no published weights for MODEL_CARD=$MODEL_CARD; set INIT_CHECKPOINT" >&2
+        exit 1
+    fi
     need "$DATA/train.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
     need "$DATA/valid.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
     need "$DATA/test.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
@@ -170,18 +176,18 @@ pretrain() {
     python src/gpt2_ft.py \
         --train_data "$DATA/base_train.jsonl" \
         --valid_data "$DATA/base_valid.jsonl" \
-        --train_batch_size 16 \
+        --train_batch_size 4 \
+        --valid_batch_size 16 \
         --seq_len 64 \
         --model_card "$MODEL_CARD" \
         --obj jlm \
         --lora_dim 0 \
-        --lr 0.002 \
+        --lr 0.003 \
         --correct_bias \
-        --adam_beta2 0.98 \
         --scheduler linear \
-        --warmup_step 100 \
-        --max_epoch "$BASE_EPOCHS" \
-        --log_interval 100 \
+        --warmup_step 400 \
+        --max_step "$BASE_STEPS" \
+        --eval_interval 300 \
         --save_interval 100000 \
         --work_dir "$WORK_DIR/base" \
         --random_seed "$SEED" \

@@ -29,8 +29,10 @@ def main() -> None:
     remedy = "bash work.sh demo makes it"
     print(f"\n{'':24}" + "".join(f"{metric:>9}" for metric in METRICS))
     for name, title in (("base", "frozen base alone"), ("lora", "with LoRA")):
-        lines = read_lines(args.work_dir / f"{name}_scores.txt", remedy)
-        scores = dict(line.split(": ") for line in lines if ": " in line)
+        path = args.work_dir / f"{name}_scores.txt"
+        scores = dict(line.split(": ") for line in read_lines(path, remedy) if ": " in line)
+        if not scores.keys() >= set(METRICS):
+            raise cli.InputError(f"{path}: no scores of measure_scores.py; {remedy}")
         print(f"{title:24}" + "".join(f"{scores[metric]:>9}" for metric in METRICS))
 
     references: dict[str, list[str]] = {}

@@ -50,6 +50,14 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
     return parse
 
 
+def seed(text: str) -> int:
+    """An argparse type: a seed that every generator takes."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2**31)")
+    return value
+
+
 def share(text: str) -> float:
     """An argparse type: a number in [0, 1)."""
     value = float(text)

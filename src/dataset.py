@@ -74,13 +74,11 @@ class FTDataset:
             batch.mask[row, first:len(ids) - 1] = 1
         return batch
 
-    def batches(self, seed: int, epoch: int, drop_last: bool) -> Iterator[Batch]:
+    def batches(self, seed: int, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, shuffled as PyTorch's DistributedSampler does."""
         order = permutation(len(self), seed + epoch)
         for start in range(0, len(order), self.batch_size):
-            items = order[start:start + self.batch_size]
-            if len(items) == self.batch_size or not drop_last:
-                yield self.batch(items)
+            yield self.batch(order[start:start + self.batch_size])
 
     def queries(self) -> list[tuple[int, ...]]:
         """Each sample's context, its last seq_len - eval_len tokens where it is longer."""

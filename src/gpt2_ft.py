@@ -13,7 +13,7 @@ from pathlib import Path
 
 import backend
 import cli
-from cli import at_least, share
+from cli import at_least, seed, share
 from config import MODEL_CARDS, LoRAConfig
 
 
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     loop.add_argument("--clip", type=at_least(0, float), default=0.0,
                       help="largest norm of the whole gradient; 0: any")
     loop.add_argument("--label_smooth", type=share, default=0.0, help="label smoothing")
-    loop.add_argument("--random_seed", type=at_least(0), default=10,
+    loop.add_argument("--random_seed", type=seed, default=10,
                       help="of LoRA's first matrices, the order of samples and dropout")
 
     optimizer = parser.add_argument_group("optimizer (AdamW)")

@@ -319,7 +319,7 @@ def plain_lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling:
 # Causal self-attention
 # ---------------------------------------------------------------------------------------------
 
-# in0: qkv (B, T, 3, H, D); probabilities (B, H, T, T), 0 above the diagonal
+# in0: qkv (B, T, 3, H, D); probabilities (B, H, T, T), none above the diagonal
 _ATTENTION = r"""
     const int B = in0_shape0, T = in0_shape1, H = in0_shape3, D = in0_shape4, row = 3 * H * D;
     const float scale = 1 / std::sqrt((float)D);
@@ -345,7 +345,6 @@ _ATTENTION = r"""
                     p[j] /= sum;
                     for (int d = 0; d < D; d++) y[d] += p[j] * v[(int64)j * row + d];
                 }
-                for (int j = i + 1; j < T; j++) p[j] = 0;
             }
         }
 """

@@ -103,7 +103,7 @@ def evaluate(model: GPT2LMModel, data: FTDataset, seed: int) -> float:
     losses = []
     with jt.no_grad():
         # Shuffled as the original's loader does, with the epoch it never sets.
-        for batch in data.batches(seed, epoch=0, drop_last=False):
+        for batch in data.batches(seed, epoch=0):
             losses.append(float(model.loss(batch.input_ids, batch.target, batch.mask).item()))
     model.train()
     return sum(losses) / len(losses)
@@ -113,7 +113,7 @@ def _micro_batches(data: FTDataset, options: TrainOptions):
     """(epoch, batches of it so far, batch), both counted from 1, max_step of them at most."""
     epochs = itertools.count(1) if options.max_epoch is None else range(1, options.max_epoch + 1)
     batches = ((epoch, index, batch) for epoch in epochs for index, batch in
-               enumerate(data.batches(options.seed, epoch, drop_last=True), start=1))
+               enumerate(data.batches(options.seed, epoch), start=1))
     return itertools.islice(batches, options.max_step)
 
 

@@ -52,7 +52,7 @@ def test_batches_are_those_of_the_original(encoded, torch_side, n, batch_size, s
                            joint_lm=joint_lm, seed=10, epochs=epochs, drop_last=drop_last)
         data, seen = FTDataset(path, batch_size, seq_len, joint_lm=joint_lm), {}
         for turn, epoch in enumerate(epochs):
-            for number, batch in enumerate(data.batches(10, epoch, drop_last)):
+            for number, batch in enumerate(data.batches(10, epoch)):
                 seen.update({f"{turn} {number} input": batch.input_ids,
                              f"{turn} {number} target": batch.target,
                              f"{turn} {number} mask": batch.mask})
@@ -84,7 +84,7 @@ def test_properties_of_an_epoch(tmp_path_factory, samples, batch_size, seq_len, 
         first = 1 if joint_lm else len(context)
         wanted.append((tuple(ids), tuple(ids[first:])))
     seen = []
-    for batch in data.batches(seed, 1, drop_last=True):
+    for batch in data.batches(seed, 1):
         assert batch.input_ids.shape == batch.target.shape == batch.mask.shape \
             == (batch_size, seq_len)
         assert batch.input_ids.dtype == batch.target.dtype == np.int32

@@ -75,7 +75,7 @@ class Progress:
     def __init__(self, total: int, desc: str, unit: str = "it", initial: int = 0,
                  period: float = 30.0):
         self.total, self.desc, self.unit, self.period = total, desc, unit, period
-        self.done, self.initial, self.note = initial, initial, ""
+        self.done, self.first, self.note = initial, None, ""
         self.started = self.spoken = time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
@@ -93,6 +93,8 @@ class Progress:
         """Counts ``n`` more units done; ``note`` is shown behind the bar (loss, ppl ...)."""
         self.done += n
         self.note = note or self.note
+        if self.first is None:  # Jittor compiles while the first unit runs: no measure of the rest
+            self.first, self.started = self.done, time.monotonic()
         if self.bar is not None:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
@@ -101,10 +103,11 @@ class Progress:
         now = time.monotonic()
         if now - self.spoken >= self.period:
             self.spoken = now
-            rate = (self.done - self.initial) / (now - self.started)
-            left = (self.total - self.done) / rate if rate > 0 else 0
-            tail = f", {self.note}" if self.note else ""
-            log(f"{self.desc}: {self.done}/{self.total} {self.unit}, {left:.0f} s left{tail}")
+            parts = [f"{self.desc}: {self.done}/{self.total} {self.unit}"]
+            if self.done > self.first:
+                pace = (now - self.started) / (self.done - self.first)
+                parts.append(f"{(self.total - self.done) * pace:.0f} s left")
+            log(", ".join([*parts, self.note] if self.note else parts))
 
 
 def progress(items: Iterable, desc: str, total: int | None = None, unit: str = "it") -> Iterator:

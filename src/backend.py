@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -172,6 +173,9 @@ def _import_jittor(on_cuda: bool):
     pattern = "*/jittor_core*.so" if on_cuda else "jittor_core*.so"
     if not any(Path(jittor_utils.cache_path).glob(pattern)):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")
+    # Jittor would end this process when Ctrl-C is pressed or any child of ours is killed.
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT)}
     try:
         import jittor
     except SystemExit:  # it has rebuilt its loader (a new compiler or Python) and wants a new start
@@ -180,6 +184,8 @@ def _import_jittor(on_cuda: bool):
         reason = (str(error).strip().splitlines() or ["unknown"])[-1]
         raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
                          "errors in README.md") from None
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return jittor
 
 

@@ -155,3 +155,26 @@ def test_flag(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--device", "tpu"])
     assert "--device" in capsys.readouterr().err
+
+
+SIGNALS = """
+import os, signal, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+import backend
+backend.start("cpu")
+child = subprocess.Popen(["sleep", "60"])
+child.kill()
+child.wait()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted as usual")
+"""
+
+
+def test_signals_mean_what_python_makes_of_them(jittor, root):
+    """Jittor by itself quits when a child is killed, and on Ctrl-C without a word to Python."""
+    process = subprocess.run([sys.executable, "-c", SIGNALS, root / "src"], capture_output=True,
+                             text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("interrupted as usual\n")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
 
+import torch_file  # noqa: E402
 from cli import InputError, Progress, log, progress, run  # noqa: E402
 from formats import read_jsonl, replacing, write_jsonl  # noqa: E402
 
 __all__ = ["InputError", "Progress", "log", "progress", "read_jsonl", "replacing", "run",
-           "write_jsonl"]
+           "torch_file", "write_jsonl"]

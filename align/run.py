@@ -1,0 +1,213 @@
+"""Runs the experiment on both sides, PyTorch's and Jittor's, and compares what they leave.
+
+    bash align/run.sh demo|e2e|FOLDER [--strict] [--card CARD] [--base FILE|random] ...
+
+Both sides start from the same base and the same LoRA matrices, see the samples in the same order
+and run one after the other. All they write goes to WORK_DIR/NAME, the report to RESULTS/NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import report
+from common import InputError, log, read_jsonl, run, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+# The flags of work.sh.
+MODEL = "--seq_len 64 --lora_dim 4 --lora_alpha 32".split()
+TRAIN = ("--valid_batch_size 1 --clip 0.0 --weight_decay 0.01 --adam_beta2 0.999 "
+         "--scheduler linear --save_interval 1000 --lora_dropout 0.1 --label_smooth 0.1 "
+         "--log_interval 100").split()
+SIZE = {"demo": "--train_batch_size 8 --grad_acc 1 --lr 0.001 --warmup_step 50".split(),
+        "e2e": "--train_batch_size 2 --grad_acc 2 --lr 0.0002 --warmup_step 500".split()}
+EPOCHS = {"demo": "1", "e2e": "5"}
+BEAM = ("--eval_len 32 --beam 10 --length_penalty 0.8 --no_repeat_ngram_size 4 "
+        "--repetition_penalty 1.0 --eos_token_id 628").split()
+
+PUBLISHED = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large"}
+SCRIPTS = {"jittor": ("src/gpt2_ft.py", "src/gpt2_beam.py"),
+           "torch": ("align/torch_train.py", "align/torch_beam.py"),
+           "float64": ("align/torch_train.py", "align/torch_beam.py")}
+FILES = ("train.jsonl", "valid.jsonl", "test.jsonl", "test_formatted.jsonl")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="align/run.sh", description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="demo (needs bash work.sh demo), e2e, or a folder with "
+                        + ", ".join(FILES))
+    parser.add_argument("--strict", action="store_true",
+                        help="no LoRA dropout, all must agree: exit code 1 if it does not")
+    parser.add_argument("--card", choices=["gpt2.nano", *PUBLISHED],
+                        help="size of GPT-2 (default: gpt2.nano for demo, else gpt2.sm)")
+    parser.add_argument("--base", metavar="FILE|random", help="base model (default: the demo's "
+                        "own, else GPT-2's published weights in pretrained_checkpoints)")
+    parser.add_argument("--steps", type=int, help="micro-batches (default: as work.sh)")
+    parser.add_argument("--seeds", help='(default: "2025", not strict: "2025 2026 2027")')
+    parser.add_argument("--inputs", type=int, help="first so many different inputs of the test "
+                        "set (default: all)")
+    parser.add_argument("--batch_sizes", default="1 8", help="of Jittor's beam search; PyTorch's "
+                        'takes one input at a time (default: "1 8")')
+    parser.add_argument("--train_flags", default="", help="more for both training scripts, e.g. "
+                        '--train_flags="--lr 0.001 --warmup_step 10"')
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
+    parser.add_argument("--name", help="of the result (default: from the data, card and mode)")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "align")
+    parser.add_argument("--results", type=Path, default=ROOT / "align" / "results")
+    parser.add_argument("--report_only", action="store_true",
+                        help="run nothing, report again on what lies in the work dir")
+    args = parser.parse_args()
+    try:
+        args.seeds = [int(seed) for seed in
+                      (args.seeds or ("2025" if args.strict else "2025 2026 2027")).split()]
+        args.batch_sizes = [int(size) for size in args.batch_sizes.split()]
+    except ValueError:
+        parser.error('--seeds and --batch_sizes take numbers with blanks between them: "1 8"')
+    if not args.batch_sizes or min(args.batch_sizes) < 1 or min(args.seeds, default=-1) < 0:
+        parser.error("--seeds takes numbers from 0 on, --batch_sizes from 1 on")
+    if any(n is not None and n < 1 for n in (args.steps, args.inputs)):
+        parser.error("--steps and --inputs take numbers from 1 on")
+    if not args.strict and len(set(args.seeds)) < 3:
+        parser.error("--seeds: a mean with its spread needs three seeds (or add --strict)")
+    args.size = "demo" if args.data == "demo" else "e2e"
+    args.card = args.card or ("gpt2.nano" if args.data == "demo" else "gpt2.sm")
+    if args.base is None and args.data != "demo" and args.card not in PUBLISHED:
+        parser.error(f"--card {args.card} has no published weights; add --base FILE or random")
+    args.name = args.name or "-".join([Path(args.data).resolve().name, args.card,
+                                       "strict" if args.strict else "paper"])
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    folder = args.work_dir / args.name
+    if not args.report_only:
+        base = prepare(args, folder)
+        for seed in args.seeds:
+            shutil.rmtree(folder / f"seed{seed}" / "float64", ignore_errors=True)
+            for side in ("torch", "jittor"):
+                experiment(args, folder, base, seed, side)
+    results = report.collect(folder, args.seeds, args.batch_sizes)
+    broken = report.broken(results) if args.strict else []
+    if broken and not args.report_only:
+        for seed in sorted({seed for seed, _ in broken}):
+            log(f"seed {seed}: a bound is broken; how far does float64 lie from either side?")
+            experiment(args, folder, base, seed, "float64")
+        results = report.collect(folder, args.seeds, args.batch_sizes)
+    table = report.write(args.results / args.name, folder, results, broken, args.strict)
+    log(table.read_text(encoding="utf-8"))
+    if broken:
+        seed, text = broken[0]
+        raise InputError(f"{args.name}, seed {seed}: {text}; see {table}")
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> Path:
+    """Writes the test samples and what the report says of this run; returns the base's file."""
+    data = {"demo": ROOT / "data/demo/work", "e2e": ROOT / "data/e2e"}.get(args.data,
+                                                                          Path(args.data))
+    remedy = {"demo": "run: bash work.sh demo",
+              "e2e": "run: bash data/download_data.sh && bash create_datasets.sh"}.get(
+                  args.data, f"the folder needs {', '.join(FILES)}")
+    for name in FILES:
+        if not (data / name).is_file():
+            raise InputError(f"{data / name}: no such file; {remedy}")
+    args.data = data
+    samples = read_jsonl(data / "test.jsonl", {"context": list, "completion": list})
+    texts = read_jsonl(data / "test_formatted.jsonl", {"context": str, "completion": str})
+    if len(samples) != len(texts):
+        raise InputError(f"{data / 'test.jsonl'}: {len(samples)} lines, but test_formatted.jsonl "
+                         f"has {len(texts)}; write it anew with src/gpt2_encode.py")
+    chosen = set(list(dict.fromkeys(tuple(s["context"]) for s in samples))[:args.inputs])
+    kept = [n for n, sample in enumerate(samples) if tuple(sample["context"]) in chosen]
+    write_jsonl(folder / "test.jsonl", [samples[n] for n in kept])
+    write_jsonl(folder / "test_formatted.jsonl", [texts[n] for n in kept])
+    write_jsonl(folder / "setting.json", [{
+        "name": args.name, "inputs": len(chosen), "machine": machine(args.device),
+        "versions": {"python": platform.python_version(), **{
+            name: metadata.version(name) for name in ("jittor", "torch", "transformers", "numpy")}},
+        "command": "bash align/run.sh " + shlex.join(sys.argv[1:])}])
+
+    if args.base == "random":
+        execute("align/torch_init.py", "--model_card", args.card, "--random_seed", 0,
+                "--output", folder / "base.pt")
+        return folder / "base.pt"
+    if args.base:
+        return Path(args.base)
+    if args.size == "e2e":
+        return ROOT / "pretrained_checkpoints" / f"{PUBLISHED[args.card]}-pytorch_model.bin"
+    bases = sorted(ROOT.glob("trained_models/demo/base/model.*.pt"), key=os.path.getmtime)
+    if not bases:
+        raise InputError(f"trained_models/demo/base: no model.STEP.pt; {remedy}, or --base random")
+    return bases[-1]
+
+
+def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, side: str) -> None:
+    """Training, beam search, decoding and scoring of one side, in FOLDER/seedSEED/SIDE."""
+    train, beam = SCRIPTS[side]
+    out, lora = folder / f"seed{seed}" / side, folder / f"seed{seed}" / "lora.pt"
+    if not (side != "torch" and lora.exists()):
+        execute("align/torch_init.py", "--model_card", args.card, "--random_seed", seed, *MODEL[2:4],
+                "--output", lora)
+    model = ["--model_card", args.card, *MODEL, "--device", args.device, "--work_dir", out]
+    model += ["--dtype", "float64"] if side == "float64" else []
+    length = ["--max_step", args.steps] if args.steps else ["--max_epoch", EPOCHS[args.size]]
+    log(f"== {args.name}, seed {seed}: {side}")
+    execute(train, *model, *TRAIN, *SIZE[args.size], *length, "--random_seed", seed,
+            "--train_data", args.data / "train.jsonl", "--valid_data", args.data / "valid.jsonl",
+            "--init_checkpoint", base, "--lora_checkpoint", lora, *shlex.split(args.train_flags),
+            *(["--lora_dropout", "0"] if args.strict else []))
+    checkpoint = report.last_checkpoint(out)
+    for size in args.batch_sizes if side == "jittor" else [1]:
+        said = execute(beam, *model, *BEAM, "--data", folder / "test.jsonl", "--batch_size", size,
+                       "--init_checkpoint", checkpoint, "--output_file", f"predict.{size}.jsonl")
+        (out / f"predict.{size}.log").write_text(said, encoding="utf-8")
+    execute("src/gpt2_decode.py", "--vocab", ROOT / "vocab",
+            "--sample_file", out / f"predict.{size}.jsonl",
+            "--input_file", folder / "test_formatted.jsonl",
+            "--output_ref_file", out / "ref.txt", "--output_pred_file", out / "pred.txt")
+    said = execute("eval/e2e/measure_scores.py", out / "ref.txt", out / "pred.txt", "-p")
+    (out / "scores.txt").write_text(said, encoding="utf-8")
+
+
+def execute(script: str, *flags: object) -> str:
+    """Runs a script of this repository and returns what it printed, which is shown, too."""
+    # Each side takes its own loralib: nothing of a module path is handed on.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    said = []
+    with subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], text=True,
+                          stdout=subprocess.PIPE, env=environment) as process:
+        for line in process.stdout:
+            log(line.rstrip("\n"))
+            said.append(line)
+    if process.returncode == 1:  # it has said why
+        sys.exit(1)
+    if process.returncode != 0:
+        raise InputError(f"{script}: ended with exit code {process.returncode}; see above")
+    return "".join(said)
+
+
+def machine(device: str) -> str:
+    """The machine in words: model and number of the cores, the GPU if one may have been used."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
+    words = f"{cpu}, {os.cpu_count()} cores"
+    if device != "cpu" and shutil.which("nvidia-smi"):
+        words += ", " + subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+                                       capture_output=True, text=True).stdout.strip()
+    return words
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Trains, generates, decodes and scores with PyTorch and with Jittor, and compares the two:
+#
+#   bash align/run.sh e2e --strict --card gpt2.nano --base random
+#
+# See align/README.md, or --help.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source ./setup.sh
+setup_install_packages "a few minutes, PyTorch is among them" requirement-test.txt requirement.txt
+python vocab/download_vocab.py vocab
+
+exec python align/run.py "$@"

@@ -1,7 +1,8 @@
 """Compares what the runs of run.py left, and writes the table, the CSV and the figure of it.
 
 A run's folder holds setting.json and, for each seed, ``seedSEED/{torch,jittor}`` and perhaps
-``float64`` with metrics.csv, train.log, model.STEP.pt, predict.BATCH_SIZE.{jsonl,log} and scores.txt.
+``float64`` with metrics.csv, train.log, model.STEP.pt, predict.BATCH_SIZE.{jsonl,log} and
+scores.txt.
 """
 
 from __future__ import annotations

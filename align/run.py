@@ -9,7 +9,6 @@ and run one after the other. All they write goes to WORK_DIR/NAME, the report to
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shlex
@@ -155,8 +154,8 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
     train, beam = SCRIPTS[side]
     out, lora = folder / f"seed{seed}" / side, folder / f"seed{seed}" / "lora.pt"
     if not (side != "torch" and lora.exists()):
-        execute("align/torch_init.py", "--model_card", args.card, "--random_seed", seed, *MODEL[2:4],
-                "--output", lora)
+        execute("align/torch_init.py", "--model_card", args.card, "--random_seed", seed,
+                *MODEL[2:4], "--output", lora)
     model = ["--model_card", args.card, *MODEL, "--device", args.device, "--work_dir", out]
     model += ["--dtype", "float64"] if side == "float64" else []
     length = ["--max_step", args.steps] if args.steps else ["--max_epoch", EPOCHS[args.size]]

@@ -3,7 +3,7 @@
 #
 #   bash align/run.sh e2e --strict --card gpt2.nano --base random
 #
-# See align/README.md, or --help.
+# --help says what else it takes.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -99,7 +99,7 @@ def _distance(a: Path, b: Path) -> dict:
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
-    distance, norm = (float(np.linalg.norm(np.float64(x))) for x in (a - b, b))
+    distance, norm = (float(np.linalg.norm(x)) for x in (np.float64(a) - b, b))
     return distance / norm if norm else (np.inf if distance else 0.0)
 
 

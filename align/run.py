@@ -93,6 +93,8 @@ def main() -> None:
         base = prepare(args, folder)
         for seed in args.seeds:
             shutil.rmtree(folder / f"seed{seed}" / "float64", ignore_errors=True)
+            execute("align/torch_init.py", "--model_card", args.card, *MODEL[2:4],
+                    "--random_seed", seed, "--output", folder / f"seed{seed}" / "lora.pt")
             for side in ("torch", "jittor"):
                 experiment(args, folder, base, seed, side)
     results = report.collect(folder, args.seeds, args.batch_sizes)
@@ -153,9 +155,6 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
     """Training, beam search, decoding and scoring of one side, in FOLDER/seedSEED/SIDE."""
     train, beam = SCRIPTS[side]
     out, lora = folder / f"seed{seed}" / side, folder / f"seed{seed}" / "lora.pt"
-    if not (side != "torch" and lora.exists()):
-        execute("align/torch_init.py", "--model_card", args.card, "--random_seed", seed,
-                *MODEL[2:4], "--output", lora)
     model = ["--model_card", args.card, *MODEL, "--device", args.device, "--work_dir", out]
     model += ["--dtype", "float64"] if side == "float64" else []
     length = ["--max_step", args.steps] if args.steps else ["--max_epoch", EPOCHS[args.size]]
@@ -165,12 +164,13 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
             "--init_checkpoint", base, "--lora_checkpoint", lora, *shlex.split(args.train_flags),
             *(["--lora_dropout", "0"] if args.strict else []))
     checkpoint = report.last_checkpoint(out)
-    for size in args.batch_sizes if side == "jittor" else [1]:
+    sizes = args.batch_sizes if side == "jittor" else [1]
+    for size in sizes:
         said = execute(beam, *model, *BEAM, "--data", folder / "test.jsonl", "--batch_size", size,
                        "--init_checkpoint", checkpoint, "--output_file", f"predict.{size}.jsonl")
         (out / f"predict.{size}.log").write_text(said, encoding="utf-8")
     execute("src/gpt2_decode.py", "--vocab", ROOT / "vocab",
-            "--sample_file", out / f"predict.{size}.jsonl",
+            "--sample_file", out / f"predict.{sizes[0]}.jsonl",
             "--input_file", folder / "test_formatted.jsonl",
             "--output_ref_file", out / "ref.txt", "--output_pred_file", out / "pred.txt")
     said = execute("eval/e2e/measure_scores.py", out / "ref.txt", out / "pred.txt", "-p")

@@ -6,9 +6,9 @@
 # --help says what else it takes.
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source ./setup.sh
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/setup.sh"
 setup_install_packages "a few minutes, PyTorch is among them" requirement-test.txt requirement.txt
-python vocab/download_vocab.py vocab
+python "$root/vocab/download_vocab.py" "$root/vocab"
 
-exec python align/run.py "$@"
+exec python "$root/align/run.py" "$@"

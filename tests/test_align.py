@@ -1,0 +1,141 @@
+"""The alignment experiment: a short strict run of both sides, and a report that can say no."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("java") is None, reason="scores need Java"),
+]
+
+STEPS, INPUTS = 60, 8
+# The demo's texts with the experiment's flags, but a learning rate at which 60 steps move weights.
+FLAGS = ["--strict", "--card", "gpt2.nano", "--base", "random", "--steps", STEPS, "--inputs",
+         INPUTS, "--train_flags", "--lr 0.002 --warmup_step 10", "--name", "short"]
+
+
+def align(root, *flags):
+    return subprocess.run(["bash", root / "align" / "run.sh", *map(str, flags)],
+                          env={**os.environ, "VIRTUAL_ENV": sys.prefix}, capture_output=True,
+                          text=True)
+
+
+@pytest.fixture(scope="module")
+def data(root, vocab, tmp_path_factory):
+    """A folder as run.sh takes it, of the demo's corpus."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for command in (["data/demo/generate.py", folder], *(
+            ["src/gpt2_encode.py", "--vocab", vocab, "--input", folder / f"{name}_formatted.jsonl",
+             "--output", folder / f"{name}.jsonl", "--add_bos", "--add_eos"]
+            for name in ("train", "valid", "test"))):
+        subprocess.run([sys.executable, *command], cwd=root, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(root, data, tmp_path_factory):
+    """(the finished process, its work dir, its results) of a strict run."""
+    pytest.importorskip("transformers")
+    out = tmp_path_factory.mktemp("align")
+    work, results = out / "work", out / "results"
+    done = align(root, data, *FLAGS, "--work_dir", work, "--results", results)
+    return done, work, results
+
+
+def test_strict_run_agrees(run):
+    done, _, results = run
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    report = json.loads((results / "short" / "results.json").read_text())
+    one, = report["seeds"].values()
+    assert report["broken"] == []
+    assert one["steps"] == STEPS
+    assert 0 < one["loss"]["largest"] <= 1e-4  # 0 would mean that a side was compared to itself
+    assert len(one["lora"]) == 8 and all(0 < far <= 1e-3 for far in one["lora"].values())
+    assert one["samples"] >= INPUTS
+    assert one["identical"] == {"1": one["samples"], "8": one["samples"]}
+    assert one["scores"]["torch"] == one["scores"]["jittor"]
+    assert one["last_losses"]["torch"] < one["mean_loss"]["torch"]  # it did learn
+
+
+def test_results_of_a_strict_run(run):
+    done, _, results = run
+    assert sorted(path.name for path in (results / "short").iterdir()) == [
+        "jittor.2025.train.log", "losses.csv", "losses.png", "results.json", "table.md",
+        "torch.2025.train.log"]
+    table = (results / "short" / "table.md").read_text()
+    assert "**All bounds hold.**" in table and table.strip() in done.stdout
+    assert "bash align/run.sh" in table and "jittor 1." in table
+    with open(results / "short" / "losses.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    assert all(abs(float(row["torch"]) - float(row["jittor"])) <= 1e-4 for row in rows)
+    assert (results / "short" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _shift_loss(jittor):
+    path = jittor / "metrics.csv"
+    lines = path.read_text().splitlines()
+    cells = lines[17].split(",")  # step 17: line 0 is the header
+    cells[3] = repr(float(cells[3]) + 2e-4)
+    path.write_text("\n".join([*lines[:17], ",".join(cells), *lines[18:]]) + "\n")
+
+
+def _shift_rate(jittor):
+    path = jittor / "metrics.csv"
+    lines = path.read_text().splitlines()
+    cells = lines[5].split(",")
+    cells[2] = repr(float(cells[2]) * (1 + 1e-6))
+    path.write_text("\n".join([*lines[:5], ",".join(cells), *lines[6:]]) + "\n")
+
+
+def _shift_matrix(jittor):
+    import torch_file
+
+    path = jittor / f"model.{STEPS}.pt"
+    state = torch_file.load(path)["model_state_dict"]
+    name = "transformer.h.2.attn.c_attn.lora_B"
+    torch_file.save(path, {"model_state_dict": {**state, name: state[name] * 1.002}})
+
+
+def _change_token(jittor):
+    path = jittor / "predict.8.jsonl"
+    first, *rest = path.read_text().splitlines()
+    record = json.loads(first)
+    record["predict"][3] += 1
+    path.write_text("\n".join([json.dumps(record), *rest]) + "\n")
+
+
+@pytest.mark.parametrize("change, found", [
+    (_shift_loss, "loss of step 17 differs"), (_shift_rate, "learning rates differ"),
+    (_shift_matrix, "h.2.attn.c_attn.lora_B differs by 0.002"),
+    (_change_token, "batch size 8: the ids of only")])
+def test_report_says_what_is_broken(root, data, run, tmp_path, change, found):
+    done, work, _ = run
+    assert done.returncode == 0
+    shutil.copytree(work, tmp_path / "work")
+    change(tmp_path / "work" / "short" / "seed2025" / "jittor")
+    done = align(root, data, *FLAGS, "--report_only", "--work_dir", tmp_path / "work",
+                 "--results", tmp_path / "results")
+    assert done.returncode == 1
+    line, = done.stderr.splitlines()
+    assert line.startswith("error: short, seed 2025: ") and found in line
+    assert "**Broken:** seed 2025: " in (tmp_path / "results/short/table.md").read_text()
+
+
+@pytest.mark.parametrize("flags, code, found", [
+    (["none"], 1, "none"), (["demo", "--seeds", "2025"], 2, "three seeds"),
+    (["e2e", "--card", "gpt2.nano"], 2, "--base"), (["demo", "--strict", "--steps", "0"], 2, "1"),
+    (["demo", "--strict", "--batch_sizes", "1,8"], 2, "blanks")])
+def test_refusals(root, tmp_path, flags, code, found):
+    if flags == ["none"]:
+        flags = [tmp_path / "none", "--strict", "--base", "random"]
+    done = align(root, *flags, "--work_dir", tmp_path, "--results", tmp_path)
+    assert done.returncode == code and found in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("*.pt"))

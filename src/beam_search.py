@@ -1,7 +1,7 @@
 """Beam search over GPT-2, as the original experiment does it.
 
 Scores live in NumPy: Jittor's CPU kernels are built with -Ofast, where infinities do not survive.
-Shapes in comments: B samples, K beams, V tokens in the vocabulary, t tokens generated so far.
+Shapes in comments: B samples, K beams, R beams alive, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Callable, Sequence
 import jittor as jt
 import numpy as np
 
+import ops
 from model import GPT2LMModel
 
 Tokens = tuple[int, ...]
@@ -53,108 +54,90 @@ def predict(model: GPT2LMModel, queries: Sequence[Tokens], options: BeamOptions,
 
 def search(model: GPT2LMModel, queries: Sequence[Tokens], options: BeamOptions) -> list[list[int]]:
     """One batch of :func:`predict`, all at once."""
-    state = _Beams(len(queries), options)
+    beams = _Beams(len(queries), options)
     query_len = np.array([len(query) for query in queries])
     padded = np.zeros((len(queries), query_len.max()), np.int32)
     for row, query in enumerate(queries):
         padded[row, :len(query)] = query
     model.eval()
     with jt.no_grad():
-        logits, cache = model.start(padded, query_len, capacity=options.eval_len)  # (B, V)
-        origin = state.advance(logits.numpy())
-        while not state.over():
-            logits = model.step(state.last_tokens(), origin, cache)  # (B * K, V)
-            origin = state.advance(logits.numpy())
-    return state.finish()
+        logits, cache = model.start(padded, query_len, options.eval_len, options.beam)  # (B, V)
+        origin = beams.advance(logits)
+        while len(origin):
+            logits = model.step(beams.last_tokens(), origin, cache)  # (R, V)
+            origin = beams.advance(logits)
+    return [list(best) + [0] * (options.eval_len - len(best)) for best in beams.best]
 
 
 class _Beams:
-    """The K beams of B samples, and the best finished sequence of each sample."""
+    """The live beams of B samples, R <= B * K in all, and each sample's best finished sequence."""
 
     def __init__(self, samples: int, options: BeamOptions):
-        self.samples, self.options = samples, options
-        self.histories: list[Tokens] = [()] * samples  # of B * K rows, one a sample at first
-        self.scores = np.zeros((samples, 1), np.float32)  # (B, K): log p, -inf once finished
+        self.options = options
+        # One row a live beam, those of a sample together and the best first; one a sample at first.
+        self.sample = np.arange(samples)  # (R,): whose beam it is
+        self.scores = np.zeros(samples, np.float32)  # (R,): log p
+        self.histories: list[Tokens] = [()] * samples
         self.best_score = np.full(samples, -np.inf, np.float32)
         self.best: list[Tokens] = [()] * samples
 
-    def advance(self, logits: np.ndarray) -> np.ndarray:
-        """Chooses the K best next tokens of each sample from logits (B * K, V).
+    def advance(self, logits: jt.Var) -> np.ndarray:
+        """Continues each sample's beams by the K best next tokens, given logits (R, V).
 
-        Returns for each new row the row (B * K,) it goes on from.
+        Returns for each new row the old one (R,) it goes on from: none once the search is over.
         """
-        options, beams = self.options, self.scores.shape[1]
-        self._forbid(logits)
-        values, tokens = top_log_probs(logits, options.beam)  # (B * K, K) each
+        options, old = self.options, self.histories
+        values, tokens = self._allowed(logits)  # (R, K) each
         # The K best pairs of a sample are among the K best tokens of each of its beams.
-        totals = self.scores.reshape(-1, 1) + values
-        totals, tokens = (x.reshape(self.samples, -1) for x in (totals, tokens))  # (B, K * K)
-        chosen = np.argsort(-totals, axis=1, kind="stable")[:, :options.beam]  # (B, K)
-        self.scores = np.take_along_axis(totals, chosen, axis=1)
-        tokens = np.take_along_axis(tokens, chosen, axis=1).ravel()
-        origin = (chosen // options.beam + np.arange(self.samples)[:, None] * beams).ravel()
-        self.histories = [self.histories[row] + (int(token),)
-                          for row, token in zip(origin, tokens)]
-        self._collect(lambda history: history[-1] in options.eos_token_ids)
-        return origin
+        totals, live = self.scores[:, None] + values, []
+        for sample in np.unique(self.sample):
+            rows = np.flatnonzero(self.sample == sample)
+            pairs = totals[rows]  # (beams of the sample, K)
+            for pair in np.argsort(-pairs, axis=None, kind="stable")[:options.beam]:
+                row, column = rows[pair // options.beam], pair % options.beam
+                history, score = old[row] + (int(tokens[row, column]),), totals[row, column]
+                if len(history) == options.eval_len or history[-1] in options.eos_token_ids:
+                    self._finish(sample, history, score)
+                else:
+                    live.append((sample, row, history, score))
+        live = [beam for beam in live if self._may_win(beam[0], beam[2], beam[3])]
+        self.sample = np.array([sample for sample, _, _, _ in live], np.int64)
+        self.scores = np.array([score for _, _, _, score in live], np.float32)
+        self.histories = [history for _, _, history, _ in live]
+        return np.array([row for _, row, _, _ in live], np.int64)
 
-    def _forbid(self, logits: np.ndarray) -> None:
-        """Applies the repetition penalty, min_length and the n-gram rule to logits in place."""
-        options, length = self.options, len(self.histories[0])
-        ends = [token for token in options.eos_token_ids if token < logits.shape[1]]
-        for row, history in zip(logits, self.histories):
-            if options.repetition_penalty != 1.0 and history:
-                seen = np.unique(history)
-                row[seen] = np.where(row[seen] < 0, row[seen] * options.repetition_penalty,
-                                     row[seen] / options.repetition_penalty)
-            if length < options.min_length:
-                row[ends] = -np.inf
-            row[repeats(history, options.no_repeat_ngram_size)] = -np.inf
-
-    def _collect(self, finished: Callable[[Tokens], bool]) -> None:
-        """Takes finished beams out of the search and keeps each sample's best."""
-        beams = self.scores.shape[1]
+    def _allowed(self, logits: jt.Var) -> tuple[np.ndarray, np.ndarray]:
+        """The K likeliest tokens of each row, after penalty, min_length and the n-gram rule."""
+        options, forbidden, seen = self.options, [], []
         for row, history in enumerate(self.histories):
-            sample, beam = divmod(row, beams)
-            if finished(history):
-                score = self.scores[sample, beam] / self._norm(len(history))
-                if score > self.best_score[sample]:
-                    self.best_score[sample], self.best[sample] = score, history
-                self.scores[sample, beam] = -np.inf
+            if options.repetition_penalty != 1.0:
+                seen += [(row, token) for token in set(history)]
+            if len(history) < options.min_length:
+                forbidden += [(row, token) for token in options.eos_token_ids
+                              if token < logits.shape[1]]
+            forbidden += [(row, token) for token in repeats(history, options.no_repeat_ngram_size)]
+        return ops.top_log_probs(logits, options.beam, forbidden, seen, options.repetition_penalty)
+
+    def _finish(self, sample: int, history: Tokens, score: np.float32) -> None:
+        score = score / self._norm(len(history))
+        if score > self.best_score[sample]:
+            self.best_score[sample], self.best[sample] = score, history
 
     def _norm(self, length: int) -> np.float32:
         return np.float32(length ** self.options.length_penalty)
 
-    def over(self) -> bool:
-        """Whether no step is left that could change an answer.
+    def _may_win(self, sample: int, history: Tokens, score: np.float32) -> bool:
+        """Whether a beam is alive and its sample not decided.
 
         A beam's score only falls, so it can end no better than with its score of now and the
         length that divides it best.
         """
-        length, longest = len(self.histories[0]), self.options.eval_len
-        if length == longest:
-            return True
-        kindest = max(self._norm(length + 1), self._norm(longest))
-        ceiling = self.scores.max(axis=1) * (1 - ROUNDING) / kindest  # scores are negative
-        return bool((self.best_score >= ceiling).all())
+        kindest = max(self._norm(len(history) + 1), self._norm(self.options.eval_len))
+        return score > -np.inf and score * (1 - ROUNDING) / kindest > self.best_score[sample]
 
     def last_tokens(self) -> np.ndarray:
-        """The newest token of each beam: (B, K)."""
-        return np.array([history[-1] for history in self.histories]).reshape(self.scores.shape)
-
-    def finish(self) -> list[list[int]]:
-        """Each sample's best sequence, zeros after it; beams that have not ended compete, too."""
-        if len(self.histories[0]) == self.options.eval_len:
-            self._collect(lambda history: True)
-        return [list(best) + [0] * (self.options.eval_len - len(best)) for best in self.best]
-
-
-def top_log_probs(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest log softmax values of each row of (N, V) and their tokens, by token id."""
-    high = logits.max(axis=1, keepdims=True)  # (N, 1)
-    log_sum = np.log(np.exp(logits - high).sum(axis=1, keepdims=True)) + high
-    tokens = np.sort(np.argpartition(logits, -k, axis=1)[:, -k:], axis=1)  # (N, k)
-    return np.take_along_axis(logits, tokens, axis=1) - log_sum, tokens
+        """The newest token of each row (R,)."""
+        return np.array([history[-1] for history in self.histories])
 
 
 def repeats(history: Tokens, size: int) -> list[int]:

@@ -84,6 +84,7 @@ def main() -> None:
     queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len).queries()
     model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
+    model.pack_weights()
     options = BeamOptions(args.beam, args.eval_len, args.min_length, args.length_penalty,
                           args.no_repeat_ngram_size, args.repetition_penalty,
                           frozenset(args.eos_token_id))

@@ -5,6 +5,9 @@ Shapes in comments: B samples, T tokens, C = n_embd, H = n_head, D = C / H, V = 
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Callable
+
 import jittor as jt
 import numpy as np
 from jittor import nn
@@ -12,6 +15,8 @@ from jittor import nn
 import loralib as lora
 import ops
 from config import GPT2Config, LoRAConfig
+
+Attend = Callable[[int, jt.Var], jt.Var]
 
 
 class LayerNorm(nn.Module):
@@ -31,11 +36,11 @@ class Conv1D(nn.Module):
         self.weight = jt.init.gauss((n_in, n_out), mean=0.0, std=0.02)
         self.bias = jt.zeros(n_out)
 
-    def execute(self, x):  # (N, n_in) -> (N, n_out)
-        return jt.matmul(x, self.weight) + self.bias
+    def execute(self, x, residual):  # (N, n_in), (N, n_out) -> (N, n_out)
+        return ops.linear(x, self.weight, self.bias, residual)
 
-    def gelu(self, x):  # the same, then GELU
-        return ops.bias_gelu(jt.matmul(x, self.weight), self.bias)
+    def gelu(self, x):  # (N, n_in) -> GELU of the layer (N, n_out)
+        return ops.bias_gelu(ops.linear(x, self.weight), self.bias)
 
 
 class Attention(nn.Module):
@@ -46,16 +51,9 @@ class Attention(nn.Module):
             lora_dropout=lora_config.dropout, enable_lora=(True, False, True))
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def execute(self, x, batch: int, layer_cache: LayerCache | None):  # x (B * T, C)
-        qkv = self.c_attn(x).reshape((batch, -1, 3, self.n_head, x.shape[1] // self.n_head))
-        if layer_cache is None:
-            mixed = ops.causal_attention(qkv)  # (B, T, H, D)
-        elif layer_cache.prefix is None:
-            layer_cache.prefix = qkv
-            mixed = ops.causal_attention(qkv)
-        else:
-            mixed = layer_cache.attend(qkv)
-        return self.c_proj(mixed.reshape(x.shape))
+    def execute(self, x, attend, residual):  # (N, C), function, (N, C)
+        qkv = self.c_attn(x).reshape((x.shape[0], 3, self.n_head, -1))  # (N, 3, H, D)
+        return self.c_proj(attend(qkv).reshape(x.shape), residual)
 
 
 class MLP(nn.Module):
@@ -63,8 +61,8 @@ class MLP(nn.Module):
         self.c_fc = Conv1D(config.n_embd, 4 * config.n_embd)
         self.c_proj = Conv1D(4 * config.n_embd, config.n_embd)
 
-    def execute(self, x):
-        return self.c_proj(self.c_fc.gelu(x))
+    def execute(self, x, residual):
+        return self.c_proj(self.c_fc.gelu(x), residual)
 
 
 class Block(nn.Module):
@@ -74,9 +72,9 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def execute(self, x, batch: int, layer_cache: LayerCache | None):  # (B * T, C)
-        x = x + self.attn(self.ln_1(x), batch, layer_cache)
-        return x + self.mlp(self.ln_2(x))
+    def execute(self, x, attend):  # (N, C)
+        x = self.attn(self.ln_1(x), attend, residual=x)
+        return self.mlp(self.ln_2(x), residual=x)
 
 
 class GPT2Model(nn.Module):
@@ -88,12 +86,15 @@ class GPT2Model(nn.Module):
         self.h = nn.ModuleList([Block(config, lora_config) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
-    def execute(self, input_ids, positions, cache: KeyValueCache | None = None):
-        """input_ids, positions (B, T) int32 -> hidden states (B * T, C)."""
-        # Rows of all samples stand below each other: matrix products on the CPU are 2-D.
-        x = self.wte(input_ids.reshape(-1)) + self.wpe(positions.reshape(-1))  # (B * T, C)
+    def execute(self, input_ids, positions, attend: Attend):
+        """input_ids, positions (N,) int32 -> hidden states (N, C).
+
+        ``attend(layer, qkv)`` mixes the values: qkv (N, 3, H, D) -> (N, H, D). Only it knows which
+        of the N tokens belong together.
+        """
+        x = self.wte(input_ids) + self.wpe(positions)  # (N, C)
         for index, block in enumerate(self.h):
-            x = block(x, input_ids.shape[0], cache.layers[index] if cache else None)
+            x = block(x, partial(attend, index))
         return self.ln_f(x)
 
 
@@ -107,9 +108,11 @@ class GPT2LMModel(nn.Module):
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig | None = None):
         self.config, self.lora_config = config, lora_config or LoRAConfig()
         self.transformer = GPT2Model(config, self.lora_config)
+        self.head = None  # the token embedding once more, if pack_weights was called
 
     def logits(self, hidden):  # (N, C) -> (N, V)
-        return nn.matmul_transpose(hidden, self.transformer.wte.weight)
+        weight = self.transformer.wte.weight if self.head is None else self.head
+        return ops.linear(hidden, weight, transposed=True)
 
     def loss(self, input_ids: np.ndarray, target: np.ndarray, mask: np.ndarray,
              label_smooth: float = 0.0) -> jt.Var:
@@ -118,69 +121,88 @@ class GPT2LMModel(nn.Module):
         input_ids, target (B, T) integers; mask (B, T) of 0 and 1 says which targets count. The
         divisor is sum(mask) + 0.0001 as in the original.
         """
-        # No causal model looks right: columns past the last one that counts change nothing, and
-        # neither do logits of positions that do not count.
-        counted = np.flatnonzero(mask.any(axis=0))
-        width = counted[-1] + 1 if counted.size else 1
-        input_ids, target, mask = input_ids[:, :width], target[:, :width], mask[:, :width]
+        # No causal model looks right: what stands behind a sample's last target that counts
+        # changes nothing, and neither do logits of positions that do not count.
+        ends = mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)  # (B,)
+        lengths = np.where(mask.any(axis=1), ends, 1)  # a row at least, so that shapes stay valid
+        kept = np.arange(mask.shape[1]) < lengths[:, None]  # (B, T)
+        input_ids, target, mask = input_ids[kept], target[kept], mask[kept]  # (N,) each
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        hidden = self.transformer(
+            _int32(input_ids), _int32(positions),
+            lambda layer, qkv: ops.causal_attention(qkv, lengths))  # (N, C)
         rows = np.flatnonzero(mask)
         if not rows.size:
-            rows = np.zeros(1, np.int64)  # one row of weight 0, so that shapes stay valid
-        positions = np.broadcast_to(np.arange(width), input_ids.shape)
-        hidden = self.transformer(_int32(input_ids), _int32(positions))  # (B * T, C)
-        logits = self.logits(hidden[_int32(rows)])  # (N, V)
-        losses = ops.cross_entropy(logits, _int32(target.ravel()[rows]), label_smooth)  # (N,)
-        weights = mask.ravel()[rows].astype(np.float32)  # (N,)
+            rows = np.zeros(1, np.int64)
+        logits = self.logits(hidden[_int32(rows)])  # (M, V)
+        losses = ops.cross_entropy(logits, _int32(target[rows]), label_smooth)  # (M,)
+        weights = mask[rows].astype(np.float32)  # (M,)
         return (losses * jt.array(weights)).sum() / float(mask.sum() + 0.0001)
 
-    def start(self, query: np.ndarray, query_len: np.ndarray,
-              capacity: int) -> tuple[jt.Var, KeyValueCache]:
+    def pack_weights(self) -> None:
+        """Brings the weights into the order in which few rows are multiplied fastest.
+
+        For generating text on the CPU: from here on they can be neither trained nor saved.
+        """
+        if jt.flags.use_cuda:
+            return
+        for layer in self.modules():
+            if isinstance(layer, (Conv1D, lora.MergedLinear)):
+                layer.weight = ops.pack_weight(layer.weight)
+        self.head = ops.pack_weight(self.transformer.wte.weight, transposed=True)
+
+    def start(self, query: np.ndarray, query_len: np.ndarray, capacity: int,
+              beams: int) -> tuple[jt.Var, KeyValueCache]:
         """Runs B queries: query (B, Q) padded on the right, query_len (B,) their lengths >= 1.
 
         Returns the logits (B, V) at each one's last token, and a cache to go on with for at most
-        ``capacity`` steps.
+        ``capacity`` steps of at most ``beams`` rows a query.
         """
-        cache = KeyValueCache(self.config.n_layer, query_len, capacity)
-        positions = np.broadcast_to(np.arange(query.shape[1]), query.shape)
-        hidden = self.transformer(_int32(query), _int32(positions), cache)  # (B * Q, C)
-        last = np.arange(len(query)) * query.shape[1] + query_len - 1  # (B,)
-        return self.logits(hidden[_int32(last)]), cache
+        kept = np.arange(query.shape[1]) < np.asarray(query_len)[:, None]  # (B, Q)
+        cache = KeyValueCache(self.config.n_layer, query_len, capacity, beams)
+        hidden = self.transformer(
+            _int32(query[kept]), _int32(np.nonzero(kept)[1]),
+            lambda layer, qkv: cache.layers[layer].read(qkv, query_len))  # (P, C)
+        return self.logits(hidden[_int32(cache.spans[:, 1] - 1)]), cache
 
     def step(self, token_ids: np.ndarray, origin: np.ndarray, cache: KeyValueCache) -> jt.Var:
-        """One more token for each of K beams: token_ids (B, K) -> logits (B * K, V).
+        """One more token for each of R beams: token_ids (R,) -> logits (R, V).
 
-        Row i of the B * K goes on from row origin[i] of the step before (at the first: ignored).
+        Row i goes on from row origin[i] of the call before, be it a step or the start. Rows that
+        nobody goes on from are gone.
         Fetch the logits before the next step, see ops.beam_attention.
         """
-        positions = np.repeat(cache.query_len + cache.generated, token_ids.shape[1])
-        cache.advance(np.asarray(origin), token_ids.size)
-        hidden = self.transformer(_int32(token_ids), _int32(positions.reshape(token_ids.shape)),
-                                  cache)
+        cache.advance(np.asarray(origin))
+        hidden = self.transformer(_int32(np.ravel(token_ids)), _int32(cache.positions),
+                                  lambda layer, qkv: cache.layers[layer].attend(qkv))
         return self.logits(hidden)
 
 
 class KeyValueCache:
-    """Keys and values of what was read: of a sample's query once, of generated tokens a beam.
+    """Keys and values of what was read: of a query once, of generated tokens a row (a beam).
 
-    Nothing moves when beams are reordered: each keeps the list of rows it descends from.
+    Nothing moves when beams are reordered or given up: each row keeps the list of rows it
+    descends from.
     """
 
-    def __init__(self, n_layer: int, query_len: np.ndarray, capacity: int):
-        self.query_len, self.capacity = np.asarray(query_len), capacity
-        self.ancestors = np.zeros((0, 0), np.int32)  # (t, B * K): rows of the steps so far
+    def __init__(self, n_layer: int, query_len: np.ndarray, capacity: int, beams: int):
+        ends = np.cumsum(query_len)
+        self.spans = np.stack([ends - query_len, ends], axis=1)  # (R, 2): a row's query in prefix
+        self.capacity, self.widest = capacity, beams * len(ends)
+        self.ancestors = np.zeros((0, len(self.spans)), np.int32)  # (t, R): rows of the steps
         self.layers = [LayerCache(self) for _ in range(n_layer)]
-        self.query_len_var = _int32(self.query_len)
 
     @property
-    def generated(self) -> int:
-        """The number of steps so far."""
-        return len(self.ancestors)
+    def positions(self) -> np.ndarray:
+        """The position of each row's newest token (R,), the query's first token being 0."""
+        return self.spans[:, 1] - self.spans[:, 0] + len(self.ancestors) - 1
 
-    def advance(self, origin: np.ndarray, rows: int) -> None:
+    def advance(self, origin: np.ndarray) -> None:
         """Begins a step whose row i goes on from row origin[i]."""
-        past = self.ancestors[:, origin] if self.generated else np.zeros((0, rows), np.int32)
-        self.ancestors = np.concatenate([past, np.arange(rows, dtype=np.int32)[None]])
-        self.ancestors_var = _int32(self.ancestors)
+        rows = np.arange(len(origin), dtype=np.int32)[None]
+        self.ancestors = np.concatenate([self.ancestors[:, origin], rows])
+        self.spans = self.spans[origin]
+        self.ancestors_var, self.spans_var = _int32(self.ancestors), _int32(self.spans)
 
 
 class LayerCache:
@@ -188,14 +210,19 @@ class LayerCache:
 
     def __init__(self, cache: KeyValueCache):
         self.cache = cache
-        self.prefix = None  # (B, Q, 3, H, D): query, key and value of the queries
+        self.prefix = None  # (P, 3, H, D): query, key and value of the queries' tokens
         self.store = None  # keys and values of generated tokens, see ops.beam_attention
 
+    def read(self, qkv: jt.Var, query_len: np.ndarray) -> jt.Var:
+        """The queries, one behind the other: qkv (P, 3, H, D) -> (P, H, D)."""
+        self.prefix = qkv
+        return ops.causal_attention(qkv, query_len)
+
     def attend(self, qkv: jt.Var) -> jt.Var:
-        """One new token for each beam: qkv (B, K, 3, H, D) -> (B, K, H, D)."""
+        """One new token for each row: qkv (R, 3, H, D) -> (R, H, D)."""
         mixed, self.store = ops.beam_attention(
-            qkv, self.prefix, self.cache.query_len_var, self.store, self.cache.ancestors_var,
-            self.cache.capacity)
+            qkv, self.prefix, self.cache.spans_var, self.store, self.cache.ancestors_var,
+            self.cache.capacity, self.cache.widest)
         return mixed
 
 

@@ -41,9 +41,11 @@ def close(ours, truth, tolerance=1e-4):
 
 def logits(model, ids):
     import jittor as jt
+    import ops
 
-    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    hidden = model.transformer(jt.array(ids), jt.array(positions.copy()))
+    positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), len(ids))
+    hidden = model.transformer(jt.array(ids.ravel()), jt.array(positions), lambda layer, qkv:
+                               ops.causal_attention(qkv, [ids.shape[1]] * len(ids)))
     return model.logits(hidden).numpy().reshape((*ids.shape, -1))
 
 
@@ -110,12 +112,16 @@ def test_padding_and_what_follows_change_nothing(small_model):
 
 
 # query lengths, beams; the longest query is not the last one
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("lengths, beams", [((4,), 1), ((1, 6, 3), 2)])
-def test_cached_decoding(jittor, small_model, torch_side, lengths, beams):
+def test_cached_decoding(jittor, small_model, torch_side, lengths, beams, packed):
     """Each step's logits are those of the whole sequence read anew, also where beams die, double
     and change places."""
     steps, random = 4, np.random.default_rng(beams)
     model = small_model(seed=3)
+    weights = weights_of(model)
+    if packed:
+        model.pack_weights()
     model.eval()
     queries = [random.integers(CARD["vocab_size"], size=n).tolist() for n in lengths]
     padded = np.zeros((len(lengths), max(lengths)), np.int32)
@@ -124,7 +130,7 @@ def test_cached_decoding(jittor, small_model, torch_side, lengths, beams):
 
     sequences, ours = list(queries), []  # every sequence, and our logits behind it
     with jittor.no_grad():
-        out, cache = model.start(padded, np.array(lengths), capacity=steps)
+        out, cache = model.start(padded, np.array(lengths), steps, beams)
         ours += list(out.numpy())
         # The first step grows the beams out of one row a sample.
         current, origin = queries, np.repeat(np.arange(len(lengths)), beams)
@@ -140,7 +146,7 @@ def test_cached_decoding(jittor, small_model, torch_side, lengths, beams):
     ids = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
     for row, sequence in enumerate(sequences):
         ids[row, :len(sequence)] = sequence
-    truth = torch_side("logits", {**weights_of(model), "input_ids": ids}, **model_options(3))
+    truth = torch_side("logits", {**weights, "input_ids": ids}, **model_options(3))
     assert len(ours) == len(sequences)
     for row, sequence in enumerate(sequences):
         close(ours[row], truth["logits"][row, len(sequence) - 1], 1e-5)
@@ -152,9 +158,9 @@ def test_two_caches_do_not_meet(jittor, small_model):
 
     def decode(other=None):
         with jittor.no_grad():
-            _, cache = model.start(query, np.array([3]), capacity=2)
+            _, cache = model.start(query, np.array([3]), 2, 1)
             if other is not None:
-                _, second = model.start(other, np.array([3]), capacity=2)
+                _, second = model.start(other, np.array([3]), 2, 1)
                 model.step(np.array([[1]]), origin, second).numpy()
             model.step(token, origin, cache).numpy()
             return model.step(token, origin, cache).numpy()

@@ -185,24 +185,33 @@ def attention(qkv):
     return (weights / weights.sum(axis=-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 3, 1, 1), (2, 1, 3, 2, 3), (1, 6, 3, 1, 5),
-                                   (2, 5, 3, 3, 2)])
-def test_causal_attention(ops, agree, shape):
-    qkv = np.random.default_rng(sum(shape)).normal(scale=1.5, size=shape)
-    agree(ops.causal_attention, ops.plain_causal_attention, attention, qkv)
+def attention_of(lengths):
+    """:func:`attention` over sequences that stand one behind the other: qkv (N, 3, H, D)."""
+    ends = np.cumsum(lengths)
+    return lambda qkv: np.concatenate([attention(qkv[None, end - length:end])[0]
+                                       for length, end in zip(lengths, ends)])
+
+
+@pytest.mark.parametrize("lengths, heads, depth", [
+    ([1], 1, 1), ([1, 1], 2, 3), ([6], 1, 5), ([5, 2, 4], 3, 2)])
+def test_causal_attention(ops, agree, lengths, heads, depth):
+    qkv = np.random.default_rng(depth).normal(scale=1.5, size=(sum(lengths), 3, heads, depth))
+    agree(lambda x: ops.causal_attention(x, lengths),
+          lambda x: ops.plain_causal_attention(x, lengths), attention_of(lengths), qkv)
 
 
 def test_causal_attention_of_a_real_size(ops, agree):
-    qkv = np.random.default_rng(0).normal(size=(2, 70, 3, 3, 64))
-    agree(ops.causal_attention, ops.plain_causal_attention, None, qkv)
+    qkv, lengths = np.random.default_rng(0).normal(size=(140, 3, 3, 64)), [70, 41, 29]
+    agree(lambda x: ops.causal_attention(x, lengths),
+          lambda x: ops.plain_causal_attention(x, lengths), None, qkv)
 
 
 def test_causal_attention_of_large_scores(ops, jittor):
-    qkv = np.random.default_rng(0).normal(scale=60, size=(1, 9, 3, 2, 8)).astype(np.float32)
+    qkv = np.random.default_rng(0).normal(scale=60, size=(9, 3, 2, 8)).astype(np.float32)
     for function in (ops.causal_attention, ops.plain_causal_attention):
         x = jittor.array(qkv)
-        y = function(x)
-        close(y.numpy(), attention(qkv.astype(np.float64)), 1e-3)
+        y = function(x, [9])
+        close(y.numpy(), attention(qkv[None].astype(np.float64))[0], 1e-3)
         assert np.isfinite(jittor.grad(y.sum(), x).numpy()).all()
 
 
@@ -213,33 +222,93 @@ def test_softmax_gives_no_weight_to_masked_scores(ops, jittor):
     close(weights[0, [0, 2]], [1 / (1 + np.e ** 2), 1 / (1 + np.e ** -2)], 1e-6)
 
 
-@pytest.mark.parametrize("batch, beams, query_len", [(1, 1, [4]), (3, 2, [1, 5, 3])])
-def test_beam_attention(ops, jittor, batch, beams, query_len):
-    """Three steps in which beams die, double and change places."""
-    random = np.random.default_rng(beams)
-    heads, depth, steps, rows = 2, 5, 3, batch * beams
-    longest = max(query_len)
-    prefix = random.normal(size=(batch, longest, 3, heads, depth)).astype(np.float32)
-    tokens = random.normal(size=(steps, batch, beams, 3, heads, depth)).astype(np.float32)
-    origins = [random.integers(beams, size=(batch, beams)) + beams * np.arange(batch)[:, None]
-               for _ in range(steps)]
-    ancestors = np.zeros((0, rows), np.int32)
-    stores = [None, None]
+@pytest.mark.parametrize("query_len, rows", [([4], [1, 1, 1]), ([1, 5, 3], [6, 6, 6]),
+                                             ([2, 7], [3, 6, 1])])
+def test_beam_attention(ops, jittor, query_len, rows):
+    """Three steps in which rows die, double and change places; ``rows`` of each step."""
+    random = np.random.default_rng(sum(rows))
+    heads, depth, steps, widest = 2, 5, len(rows), max(rows)
+    prefix = random.normal(size=(sum(query_len), 3, heads, depth)).astype(np.float32)
+    ends = np.cumsum(query_len)
+    spans = np.stack([ends - query_len, ends], axis=1)
+    tokens = [random.normal(size=(n, 3, heads, depth)).astype(np.float32) for n in rows]
+    ancestors, stores = np.zeros((0, len(query_len)), np.int32), [None, None]
     for step in range(steps):
-        ancestors = np.concatenate([ancestors[:, origins[step].ravel()], np.arange(rows)[None]])
-        given = [jittor.array(a) for a in (tokens[step], prefix, np.int32(query_len))]
+        origin = random.integers(len(spans), size=rows[step])
+        ancestors = np.concatenate([ancestors[:, origin], np.arange(rows[step])[None]])
+        spans = spans[origin]
+        given = [jittor.array(a) for a in (tokens[step], prefix, spans.astype(np.int32))]
         past = jittor.array(ancestors.astype(np.int32))
-        fused, stores[0] = ops.beam_attention(*given, stores[0], past, steps)
+        fused, stores[0] = ops.beam_attention(*given, stores[0], past, steps, widest)
         fused = fused.numpy()
-        plain, stores[1] = ops.plain_beam_attention(*given, stores[1], past)
-        for row in range(rows):
-            sample, beam = divmod(row, beams)
-            line = [tokens[s].reshape(rows, 3, heads, depth)[ancestors[s, row]]
-                    for s in range(step + 1)]
-            line = np.concatenate([prefix[sample, :query_len[sample]], line]).astype(np.float64)
+        plain, stores[1] = ops.plain_beam_attention(*given, stores[1], past, steps, widest)
+        for row, (begin, end) in enumerate(spans):
+            line = [tokens[s][ancestors[s, row]] for s in range(step + 1)]
+            line = np.concatenate([prefix[begin:end], line]).astype(np.float64)
             wanted = attention(line[None])[0, -1]
-            close(fused[sample, beam], wanted, 2e-5)
-            close(plain.numpy()[sample, beam], wanted, 2e-5)
+            close(fused[row], wanted, 2e-5)
+            close(plain.numpy()[row], wanted, 2e-5)
+
+
+# 6 rows are a tile, 16 or 32 columns a panel, 256 or 128 terms a block, 96 or 128 rows a block
+@pytest.mark.parametrize("rows, n_in, n_out", [
+    (1, 1, 1), (5, 3, 16), (7, 256, 33), (13, 300, 20), (130, 40, 70), (3, 1100, 50)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear(ops, jittor, agree, rows, n_in, n_out, transposed):
+    random = np.random.default_rng(n_in)
+    shape = (n_out, n_in) if transposed else (n_in, n_out)
+    x, weight = random.normal(size=(rows, n_in)), random.normal(size=shape)
+    bias, residual = random.normal(size=n_out), random.normal(size=(rows, n_out))
+    agree(lambda *a: ops.linear(*a, transposed=transposed),
+          lambda *a: ops.plain_linear(*a, transposed=transposed), None, x, weight, bias, residual)
+    exact = x @ (weight.T if transposed else weight)
+    x, weight, bias, residual = (jittor.array(a.astype(np.float32))
+                                 for a in (x, weight, bias, residual))
+    close(ops.linear(x, weight, transposed=transposed).numpy(), exact, 2e-5)
+    packed = ops.pack_weight(weight, transposed)
+    plain = ops.linear(x, weight, bias, residual, transposed).numpy()
+    close(ops.linear(x, packed).numpy(), exact, 2e-5)
+    close(ops.linear(x, packed, bias, residual).numpy(), plain, 2e-5)
+
+
+def test_linear_repeats_itself(ops, jittor):
+    random = np.random.default_rng(0)
+    x, weight = (jittor.array(random.normal(size=shape).astype(np.float32))
+                 for shape in ((50, 700), (700, 900)))
+    first = ops.linear(x, weight).numpy()
+    assert all(np.array_equal(ops.linear(x, weight).numpy(), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("vocab, k", [(1, 1), (5, 5), (300, 7), (50257, 10)])
+def test_top_log_probs(ops, jittor, vocab, k):
+    random = np.random.default_rng(vocab)
+    logits = random.normal(scale=5, size=(4, vocab)).astype(np.float32)
+    logits[1] = np.round(logits[1])  # equal values: the first tokens are taken
+    forbidden = [(0, int(np.argmax(logits[0]))), (2, vocab - 1)] if vocab > 1 else []
+    seen = [(3, int(token)) for token in {0, vocab // 2, int(np.argmax(logits[3]))}]
+    exact = logits.astype(np.float64)
+    for row, token in seen:
+        exact[row, token] *= 1.5 if exact[row, token] < 0 else 1 / 1.5
+    for row, token in forbidden:
+        exact[row, token] = -np.inf
+    exact -= np.log(np.exp(exact - exact.max(1, keepdims=True)).sum(1, keepdims=True)) \
+        + exact.max(1, keepdims=True)
+    wanted = np.sort(np.argsort(-exact, axis=1, kind="stable")[:, :k], axis=1)
+    for given, function in ((jittor.array(logits), ops.top_log_probs),
+                            (logits.copy(), ops.plain_top_log_probs)):
+        values, tokens = function(given, k, forbidden, seen, 1.5)
+        assert np.array_equal(tokens, wanted)
+        assert np.allclose(values, np.take_along_axis(exact, wanted, axis=1), atol=1e-5)
+
+
+def test_top_log_probs_where_too_few_are_allowed(ops, jittor):
+    logits = np.float32([[0.0, 1.0, 2.0, 3.0]])
+    forbidden = [(0, 3), (0, 1)]
+    for given, function in ((jittor.array(logits), ops.top_log_probs),
+                            (logits.copy(), ops.plain_top_log_probs)):
+        values, tokens = function(given, 3, forbidden)
+        assert tokens.tolist() == [[0, 1, 2]] and np.isneginf(values[0, 1])
+        assert np.allclose(values[0, [0, 2]], np.log([1 / (1 + np.e ** 2), 1 / (1 + np.e ** -2)]))
 
 
 def mask_of(ops, jittor, shape, p, seed):

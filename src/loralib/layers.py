@@ -62,9 +62,9 @@ class MergedLinear(nn.Module):
 
     def execute(self, x: jt.Var) -> jt.Var:
         """x (N, in_features) -> (N, out_features)."""
-        y = jt.matmul(x, self.weight)  # (N, out)
         if not self.r:
-            return y + self.bias
+            return ops.linear(x, self.weight, self.bias)
+        y = ops.linear(x, self.weight)  # (N, out)
         if self.is_training() and self.lora_dropout:
             x = ops.dropout(x, self.lora_dropout, self.dropout_seed)
         low = nn.matmul_transpose(x, self.lora_A)  # (N, r * groups)

@@ -1,0 +1,28 @@
+"""Operators that Jittor's own are too slow for on the CPU, forward and backward.
+
+There Jittor runs element-wise loops, reductions and batched matrix products on one thread and in
+several passes over memory. Each operator here is one parallel pass in C++. On CUDA, where Jittor
+is fast, and as the reference in tests, the ``plain_`` twin beside each is used, made of Jittor's
+own operators. All tensors are float32.
+"""
+
+from ops.attention import (
+    MASKED,
+    beam_attention,
+    causal_attention,
+    plain_beam_attention,
+    plain_causal_attention,
+    plain_softmax,
+)
+from ops.gelu import bias_gelu, plain_bias_gelu
+from ops.layer_norm import layer_norm, plain_layer_norm
+from ops.linear import linear, pack_weight, plain_linear
+from ops.lora import dropout, lora_up, plain_lora_up
+from ops.loss import cross_entropy, plain_cross_entropy
+from ops.top import plain_top_log_probs, top_log_probs
+
+__all__ = ["MASKED", "beam_attention", "bias_gelu", "causal_attention", "cross_entropy", "dropout",
+           "layer_norm", "linear", "lora_up", "pack_weight", "plain_beam_attention",
+           "plain_bias_gelu", "plain_causal_attention", "plain_cross_entropy", "plain_layer_norm",
+           "plain_linear", "plain_lora_up", "plain_softmax", "plain_top_log_probs",
+           "top_log_probs"]

@@ -1,0 +1,218 @@
+"""Causal self-attention over whole sequences, and of one new token a beam."""
+
+from __future__ import annotations
+
+import math
+from typing import Sequence
+
+import jittor as jt
+import numpy as np
+
+from ops.native import run
+
+MASKED = -1e10  # a score that softmax turns into exactly 0; infinities do not survive -Ofast
+
+# Each thread works on a head of a sequence in memory of its own: in qkv, the rows of a head lie
+# kilobytes apart, and a first-level cache can hold only a few of those at once.
+_HEADER = r"""
+    struct Head {
+        const int T, D;
+        std::vector<float> numbers;  // (pieces, T, D)
+        Head(int T, int D, int pieces) : T(T), D(D), numbers((int64_t)pieces * T * D) {}
+        float* operator[](int piece) { return numbers.data() + (int64_t)piece * T * D; }
+        void read(int piece, const float* from, int64_t stride) {
+            for (int t = 0; t < T; t++) std::copy_n(from + t * stride, D, (*this)[piece] + t * D);
+        }
+        void write(int piece, float* to, int64_t stride) {
+            for (int t = 0; t < T; t++) std::copy_n((*this)[piece] + t * D, D, to + t * stride);
+        }
+    };
+    static inline float inner(const float* a, const float* b, int D) {
+        float sum = 0;
+        for (int d = 0; d < D; d++) sum += a[d] * b[d];
+        return sum;
+    }
+    static inline void add_scaled(float* to, float weight, const float* from, int D) {
+        for (int d = 0; d < D; d++) to[d] += weight * from[d];
+    }
+"""
+# in0: qkv (N, 3, H, D), in1: starts (B + 1), where the sequences begin and the last one ends.
+# Outputs: mixed values (N, H, D); log of the sum of exponents (N, H)
+_ATTENTION = r"""
+    const int B = in1_shape0 - 1, H = in0_shape2, C = H * D;
+    const float scale = 1 / std::sqrt((float)D);
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++) {
+            const int64 first = in1_p[b];
+            const int T = in1_p[b + 1] - first;
+            Head head(T, D, 4);
+            float *q = head[0], *k = head[1], *v = head[2], *y = head[3];
+            for (int i = 0; i < 3; i++) head.read(i, in0_p + (first * 3 + i) * C + h * D, 3 * C);
+            std::vector<float> p(T);
+            for (int i = 0; i < T; i++) {
+                float high = -1e30f, sum = 0;
+                for (int j = 0; j <= i; j++) p[j] = inner(q + i * D, k + j * D, D) * scale;
+                for (int j = 0; j <= i; j++) high = std::max(high, p[j]);
+                for (int j = 0; j <= i; j++) { p[j] = std::exp(p[j] - high); sum += p[j]; }
+                for (int j = 0; j <= i; j++) add_scaled(y + i * D, p[j] / sum, v + j * D, D);
+                out1_p[(first + i) * H + h] = high + std::log(sum);
+            }
+            head.write(3, out0_p + first * C + h * D, C);
+        }
+"""
+# in0, in1 as above; in2, in3: the outputs; in4: gradient of the mixed values.
+# Dao et al., 2022 (FlashAttention), appendix B: probabilities are computed anew, and the sum over
+# j of p_ij dp_ij is dy_i y_i.
+_GRAD = r"""
+    const int B = in1_shape0 - 1, H = in0_shape2, C = H * D;
+    const float scale = 1 / std::sqrt((float)D);
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++) {
+            const int64 first = in1_p[b];
+            const int T = in1_p[b + 1] - first;
+            Head head(T, D, 8);
+            float *q = head[0], *k = head[1], *v = head[2], *y = head[3], *dy = head[4];
+            float *dq = head[5], *dk = head[6], *dv = head[7];
+            for (int i = 0; i < 3; i++) head.read(i, in0_p + (first * 3 + i) * C + h * D, 3 * C);
+            head.read(3, in2_p + first * C + h * D, C);
+            head.read(4, in4_p + first * C + h * D, C);
+            std::vector<float> p(T * T), g(T * T);
+            for (int i = 0; i < T; i++) {
+                const float lse = in3_p[(first + i) * H + h];
+                const float mean = inner(dy + i * D, y + i * D, D);
+                float *pi = &p[i * T], *gi = &g[i * T];
+                for (int j = 0; j <= i; j++) pi[j] = inner(q + i * D, k + j * D, D) * scale - lse;
+                for (int j = 0; j <= i; j++) gi[j] = inner(dy + i * D, v + j * D, D) - mean;
+                for (int j = 0; j <= i; j++) { pi[j] = std::exp(pi[j]); gi[j] *= pi[j] * scale; }
+                for (int j = 0; j <= i; j++) add_scaled(dq + i * D, gi[j], k + j * D, D);
+            }
+            for (int j = 0; j < T; j++)
+                for (int i = j; i < T; i++) {
+                    add_scaled(dv + j * D, p[i * T + j], dy + i * D, D);
+                    add_scaled(dk + j * D, g[i * T + j], q + i * D, D);
+                }
+            for (int i = 0; i < 3; i++)
+                head.write(5 + i, out0_p + (first * 3 + i) * C + h * D, 3 * C);
+        }
+"""
+
+
+class _CausalAttention(jt.Function):
+    def execute(self, qkv, lengths):
+        tokens, _, heads, depth = qkv.shape
+        starts = jt.array(np.cumsum([0, *lengths], dtype=np.int32))
+        # The loops over a head's depth are short: the compiler should know it.
+        self.depth = f"const int D = {depth};\n"
+        mixed, log_sums = run([(tokens, heads, depth), (tokens, heads)], [qkv, starts],
+                              self.depth + _ATTENTION, _HEADER)
+        self.saved = qkv, starts, mixed, log_sums
+        return mixed
+
+    def grad(self, grad_mixed):
+        return run(self.saved[0].shape, [*self.saved, grad_mixed], self.depth + _GRAD,
+                   _HEADER), None
+
+
+def causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
+    """Each position of a sequence attends to itself and those before it.
+
+    qkv (N, 3, H, D) holds query, key and value of each head, the sequences of the given
+    ``lengths``, N in all, one behind the other -> (N, H, D).
+    """
+    if jt.flags.use_cuda:
+        return plain_causal_attention(qkv, lengths)
+    return _CausalAttention.apply(qkv, list(lengths))
+
+
+def plain_causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
+    """:func:`causal_attention` in Jittor's own operators."""
+    mixed, first = [], 0
+    for length in lengths:
+        q, k, v = (qkv[first:first + length, i].transpose(1, 0, 2) for i in range(3))  # (H, T, D)
+        scores = jt.matmul(q, k.transpose(0, 2, 1)) / math.sqrt(q.shape[-1])  # (H, T, T)
+        past = jt.index(scores.shape, 2) <= jt.index(scores.shape, 1)
+        weights = plain_softmax(jt.ternary(past, scores, jt.full(scores.shape, MASKED)))
+        mixed.append(jt.matmul(weights, v).transpose(1, 0, 2))  # (T, H, D)
+        first += length
+    return jt.concat(mixed, dim=0)
+
+
+def plain_softmax(scores: jt.Var) -> jt.Var:
+    """Over the last axis; scores of MASKED come out as exactly 0."""
+    weights = jt.exp(scores - scores.max(dim=-1, keepdims=True))
+    return weights / weights.sum(dim=-1, keepdims=True)
+
+
+# in0: qkv (R, 3, H, D) of the new tokens, in1: prefix (P, 3, H, D), in2: spans (R, 2),
+# in3: store (capacity, widest, 2, H, D), in4: ancestors (t + 1, R), the last row the rows' own
+_BEAM_ATTENTION = r"""
+    const int R = in0_shape0, H = in0_shape2, C = H * D, widest = in3_shape1, steps = in4_shape0;
+    const float scale = 1 / std::sqrt((float)D);
+    float* fresh = in3_p + (int64)(steps - 1) * widest * 2 * C;
+    for (int row = 0; row < R; row++)  // the new keys and values stand behind those of before
+        std::copy_n(in0_p + ((int64)row * 3 + 1) * C, 2 * C, fresh + (int64)row * 2 * C);
+    #pragma omp parallel for
+    for (int item = 0; item < R * H; item++) {
+        const int row = item / H, h = item % H, begin = in2_p[2 * row];
+        const int seen = in2_p[2 * row + 1] - begin;
+        const float* q = in0_p + (int64)row * 3 * C + h * D;
+        float* y = out0_p + (int64)row * C + h * D;
+        std::vector<float> p(seen + steps);
+        auto key = [&](int j) -> const float* {
+            if (j < seen) return in1_p + ((int64)(begin + j) * 3 + 1) * C + h * D;
+            j -= seen;
+            return in3_p + ((int64)j * widest + in4_p[(int64)j * R + row]) * 2 * C + h * D;
+        };
+        float high = -1e30f, sum = 0;
+        for (int j = 0; j < seen + steps; j++) p[j] = inner(q, key(j), D) * scale;
+        for (auto& score : p) high = std::max(high, score);
+        for (auto& weight : p) { weight = std::exp(weight - high); sum += weight; }
+        for (int d = 0; d < D; d++) y[d] = 0;
+        for (int j = 0; j < seen + steps; j++) add_scaled(y, p[j] / sum, key(j) + C, D);
+    }
+"""
+
+
+def beam_attention(qkv: jt.Var, prefix: jt.Var, spans: jt.Var, store: jt.Var | None,
+                   ancestors: jt.Var, capacity: int, widest: int) -> tuple[jt.Var, jt.Var]:
+    """One new token a row attends to its query and to its own ancestors.
+
+    qkv (R, 3, H, D) of the new tokens, a row for each beam; prefix (P, 3, H, D) of all queries'
+    tokens, of which those of row r are spans[r, 0] to spans[r, 1] (R, 2) int32; ancestors
+    (t + 1, R) int32 names for each step and row the row of that step it descends from, itself at
+    last. store, what this function returned a step ago (None at first), holds keys and values of
+    at most ``capacity`` steps of at most ``widest`` rows. Returns (R, H, D) and the store, which
+    on the CPU is one buffer that is written in place: fetch a step's result before the next.
+    """
+    rows, _, heads, depth = qkv.shape
+    if jt.flags.use_cuda:
+        return plain_beam_attention(qkv, prefix, spans, store, ancestors, capacity, widest)
+    if store is None:
+        store = jt.empty((capacity, widest, 2, heads, depth), "float32")
+    mixed = run((rows, heads, depth), [qkv, prefix, spans, store, ancestors],
+                f"const int D = {depth};\n" + _BEAM_ATTENTION, _HEADER)
+    return mixed, store
+
+
+def plain_beam_attention(qkv: jt.Var, prefix: jt.Var, spans: jt.Var, store: jt.Var | None,
+                         ancestors: jt.Var, capacity: int, widest: int) -> tuple[jt.Var, jt.Var]:
+    """:func:`beam_attention` in Jittor's own operators."""
+    rows, _, heads, depth = qkv.shape
+    steps = ancestors.shape[0]
+    if store is None:
+        store = jt.zeros((capacity, widest, 2, heads, depth))
+    store[steps - 1, :rows] = qkv[:, 1:]
+    own = store[jt.index(ancestors.shape, 0), ancestors]  # (t + 1, R, 2, H, D)
+    first, end = spans[:, 0], spans[:, 1]  # (R,) each
+    shape = (int((end - first).max().item()), rows)  # (Q, R)
+    place = jt.index(shape, 0)
+    shared = prefix[jt.minimum(first.unsqueeze(0) + place, prefix.shape[0] - 1), 1:]
+    past = jt.concat([shared, own], dim=0)  # (Q + t + 1, R, 2, H, D)
+    scores = (past[:, :, 0] * qkv[:, 0]).sum(dim=3) / math.sqrt(depth)  # (Q + t + 1, R, H)
+    real = place < (end - first).unsqueeze(0)  # (Q, R)
+    real = jt.concat([real, jt.ones(ancestors.shape, "bool")], dim=0).unsqueeze(2)
+    scores = jt.ternary(real.broadcast(scores.shape), scores, jt.full(scores.shape, MASKED))
+    weights = plain_softmax(scores.transpose(1, 2, 0)).transpose(2, 0, 1)  # (Q + t + 1, R, H)
+    return (weights.unsqueeze(3) * past[:, :, 1]).sum(dim=0), store

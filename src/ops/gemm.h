@@ -1,0 +1,206 @@
+// Single-precision matrix products for few rows and large weights, on all cores.
+//
+//     C (M, N) = A (M, K) B,   then finish(m, n, count, row) on every finished piece of C
+//
+// GotoBLAS' scheme (Goto and van de Geijn, 2008) with the packing of A left out: A has tens of
+// rows. Each thread owns a range of B's columns. It takes KC x NR numbers of B (16 KB, half of a
+// first-level cache), brings them into order where they are not, and runs all rows of A over them
+// in tiles of at most MR x NR numbers of C that stay in registers.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+
+namespace gemm {
+
+#ifdef __AVX512F__
+const int W = 16, MR = 12;  // numbers in a vector register, rows of a tile
+#else
+const int W = 8, MR = 6;
+#endif
+const int NR = 2 * W, KC = 4096 / NR;
+// Rows of A go by blocks that stay in a second-level cache of 512 KB: whole rows if they have at
+// most DOWN columns, else KC columns at a time.
+const int DOWN = 1024;
+typedef float Vec __attribute__((vector_size(W * sizeof(float))));
+
+static inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// c (R, NR) += a (R, kc) b (kc, NR); b is one block of memory, rows of a and c are lda, ldc apart.
+// Meanwhile memory from `ahead` on is fetched into the cache, `pace` numbers a step.
+template <int R>
+static void tile(const float* a, int64_t lda, const float* b, int kc, float* c, int64_t ldc,
+                 bool fresh, const float* ahead, int pace) {
+    Vec sum[R][2];
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++) sum[r][h] = fresh ? Vec{} : load(c + r * ldc + h * W);
+    for (int k = 0; k < kc; k++) {
+        Vec b0 = load(b + k * NR), b1 = load(b + k * NR + W);
+        __builtin_prefetch(ahead + k * pace);
+        #pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            Vec x = Vec{} + a[r * lda + k];
+            sum[r][0] += x * b0;
+            sum[r][1] += x * b1;
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++) store(c + r * ldc + h * W, sum[r][h]);
+}
+
+template <int R>
+static void tile_of(int rows, const float* a, int64_t lda, const float* b, int kc, float* c,
+                    int64_t ldc, bool fresh, const float* ahead, int pace) {
+    if (rows == R) return tile<R>(a, lda, b, kc, c, ldc, fresh, ahead, pace);
+    tile_of<R - 1>(rows, a, lda, b, kc, c, ldc, fresh, ahead, pace);
+}
+template <>
+void tile_of<0>(int, const float*, int64_t, const float*, int, float*, int64_t, bool,
+                const float*, int) {}
+
+// Eight rows of eight numbers, ld apart, written as columns NR apart.
+static inline void transpose8(const float* from, int64_t ld, float* to) {
+    typedef float V8 __attribute__((vector_size(32)));
+    typedef int I8 __attribute__((vector_size(32)));
+    V8 r[8], s[8];
+    for (int i = 0; i < 8; i++) std::memcpy(&r[i], from + i * ld, 32);
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = __builtin_shuffle(r[i], r[i + 1], I8{0, 8, 2, 10, 4, 12, 6, 14});
+        s[i + 1] = __builtin_shuffle(r[i], r[i + 1], I8{1, 9, 3, 11, 5, 13, 7, 15});
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + j] = __builtin_shuffle(s[i + j], s[i + j + 2], I8{0, 1, 8, 9, 4, 5, 12, 13});
+            r[i + j + 2] = __builtin_shuffle(s[i + j], s[i + j + 2], I8{2, 3, 10, 11, 6, 7, 14, 15});
+        }
+    for (int i = 0; i < 4; i++) {
+        V8 low = __builtin_shuffle(r[i], r[i + 4], I8{0, 1, 2, 3, 8, 9, 10, 11});
+        V8 high = __builtin_shuffle(r[i], r[i + 4], I8{4, 5, 6, 7, 12, 13, 14, 15});
+        std::memcpy(to + i * NR, &low, 32);
+        std::memcpy(to + (i + 4) * NR, &high, 32);
+    }
+}
+
+// How B lies in memory: (K, N), its transpose (N, K), or as pack() left it.
+enum Layout { ROWS, COLUMNS, PACKED };
+
+// Rows k.. of columns n.. to n + cols of B, kc x NR, missing columns as zeros.
+template <Layout layout>
+static void bring(const float* b, int64_t ld, int k, int kc, int n, int cols, float* to) {
+    if (cols < NR) std::fill_n(to, kc * NR, 0.f);
+    if (layout == ROWS) {
+        for (int i = 0; i < kc; i++) {
+            const float* from = b + (int64_t)(k + i) * ld + n;
+            if (cols == NR) {
+                store(to + i * NR, load(from));
+                store(to + i * NR + W, load(from + W));
+            } else {
+                std::copy_n(from, cols, to + i * NR);
+            }
+        }
+        return;
+    }
+    for (int j = 0; j < cols; j += 8) {
+        const int count = std::min(8, cols - j);
+        const float* from = b + (int64_t)(n + j) * ld + k;
+        int i = 0;
+        if (count == 8)
+            for (; i + 8 <= kc; i += 8) transpose8(from + i, ld, to + i * NR + j);
+        for (; i < kc; i++)
+            for (int c = 0; c < count; c++) to[i * NR + j + c] = from[c * ld + i];
+    }
+}
+
+// All rows of a over one block of B. The rows are dealt out evenly among the tiles: 46 rows are
+// 6 tiles of 6 and 2 of 5, not 7 of 6 and one of 4. Meanwhile the next block is fetched: it is
+// one piece of memory (stride 0), or `lines` pieces of `line` numbers, `stride` apart.
+static inline void all_rows(int M, const float* a, int64_t lda, const float* b, int kc, float* c,
+                            int64_t ldc, bool fresh, const float* next, int64_t stride, int lines,
+                            int line) {
+    const int tiles = (M + MR - 1) / MR;
+    for (int t = 0, m = 0, end, l = 0; t < tiles; t++, m = end) {
+        end = (int64_t)M * (t + 1) / tiles;
+        for (; stride && l < (int64_t)lines * (t + 1) / tiles; l++)
+            for (int i = 0; i < line; i += 16) __builtin_prefetch(next + l * stride + i);
+        const float* ahead = stride ? b : next + (int64_t)t * kc * NR / tiles;
+        tile_of<MR>(end - m, a + m * lda, lda, b, kc, c + m * ldc, ldc, fresh, ahead,
+                    stride ? 0 : NR / tiles);
+    }
+}
+
+// C (M, N) = A (M, K) B. finish(m, n, count, row) may change row[0 .. count), which are
+// C[m, n .. n + count), once they are sums over all of K; each is finished once.
+template <Layout layout, class Finish>
+static void multiply(int M, int N, int K, const float* A, const float* B, float* C,
+                     Finish finish) {
+    // A second block brings all of B once more, which a packed one makes cheap.
+    const int MB = layout == PACKED ? 96 : 128;
+    const int panels = (N + NR - 1) / NR, blocks = (M + MB - 1) / MB;
+    const int64_t ld = layout == ROWS ? N : K;
+    #pragma omp parallel
+    {
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const int first = (int64_t)panels * thread / threads;
+        const int last = (int64_t)panels * (thread + 1) / threads;
+        alignas(64) float block[layout == PACKED ? 1 : KC * NR];
+        std::vector<float> edge(last * NR > N ? MB * NR : 0);  // C's last columns, full width
+
+        // rows m0 .. m1 of C's columns in `panel`: adds the products of k .. k + KC
+        const auto step = [&](int m0, int m1, int panel, int k, bool down) {
+            const int kc = std::min(KC, K - k), n = panel * NR, cols = std::min(NR, N - n);
+            const float* a = A + (int64_t)m0 * K + k;
+            float* c = cols < NR ? edge.data() : C + (int64_t)m0 * N + n;
+            const int64_t ldc = cols < NR ? NR : N;
+            if (layout == PACKED) {
+                const float* b = B + ((int64_t)panel * K + k) * NR;
+                all_rows(m1 - m0, a, K, b, kc, c, ldc, k == 0,
+                         b + (int64_t)(down ? kc : K) * NR, 0, 0, 0);
+            } else {
+                bring<layout>(B, ld, k, kc, n, cols, block);
+                const int next_k = down ? k + kc : k, next_n = down ? n : n + NR;
+                if (layout == ROWS)
+                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_k * ld + next_n,
+                             ld, kc, NR);
+                else
+                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_n * ld + next_k,
+                             ld, NR, kc);
+            }
+            if (k + kc < K) return;
+            for (int m = m0; m < m1; m++) {
+                float* row = C + (int64_t)m * N + n;
+                if (cols < NR) std::copy_n(c + (m - m0) * ldc, cols, row);
+                finish(m, n, cols, row);
+            }
+        };
+        for (int i = 0; i < blocks; i++) {
+            const int m0 = (int64_t)M * i / blocks, m1 = (int64_t)M * (i + 1) / blocks;
+            if (K <= DOWN)
+                for (int panel = first; panel < last; panel++)
+                    for (int k = 0; k < K; k += KC) step(m0, m1, panel, k, true);
+            else
+                for (int k = 0; k < K; k += KC)
+                    for (int panel = first; panel < last; panel++) step(m0, m1, panel, k, false);
+        }
+    }
+}
+
+// B in the order of PACKED; `to` holds K * N numbers, N rounded up to a multiple of NR.
+template <Layout layout>
+static void pack(int N, int K, const float* B, float* to) {
+    const int panels = (N + NR - 1) / NR, ld = layout == ROWS ? N : K;
+    #pragma omp parallel for
+    for (int panel = 0; panel < panels; panel++)
+        for (int k = 0; k < K; k += KC) {
+            const int kc = std::min(KC, K - k), n = panel * NR;
+            bring<layout>(B, ld, k, kc, n, std::min(NR, N - n), to + ((int64_t)panel * K + k) * NR);
+        }
+}
+
+struct Nothing {
+    void operator()(int, int, int, float*) const {}
+};
+
+}  // namespace gemm

@@ -92,14 +92,13 @@ def search(worker: Worker, queries: list, batch_size: int, **flags) -> dict:
 def alternate(workers: dict[str, Worker], queries: list, blocks: int, batch_size: int) -> dict:
     """All sides on the same blocks of ``batch_size`` queries: pace, ratio, agreement with ours."""
     paces, ids = {side: [] for side in workers}, {side: [] for side in workers}
-    block = iter(range(blocks * len(workers)))
 
-    def ask(side: str) -> dict:
-        start = next(block) // len(workers) * batch_size  # all sides have one turn a block
+    def ask(side: str, block: int) -> dict:
+        start = block * batch_size
         return search(workers[side], queries[start:start + batch_size], batch_size)
 
     with Progress(blocks, f"batch size {batch_size}", "block") as bar:
-        for answers in in_turns(list(workers), blocks, ask):
+        for answers in in_turns(workers, blocks, ask):
             for side, answer in answers.items():
                 paces[side].append(batch_size / answer["seconds"])
                 ids[side] += answer["ids"]

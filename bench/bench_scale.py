@@ -94,10 +94,10 @@ def main() -> None:
     report.write(args.name, results, describe(results), figure(results))
 
 
-def measure(args: argparse.Namespace, ask: Callable[[str], list[float]]) -> dict:
+def measure(args: argparse.Namespace, ask: Callable[[str, int], list[float]]) -> dict:
     """What ``ask`` measures of the sides in turns, while time is left: medians, ratio."""
     blocks, started = {side: [] for side in SIDES}, time.perf_counter()
-    for answers in in_turns(list(SIDES), args.rounds, ask):
+    for answers in in_turns(SIDES, args.rounds, ask):
         for side, answer in answers.items():
             blocks[side].append(answer)
         if time.perf_counter() - started > args.seconds:
@@ -118,7 +118,7 @@ def train(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int,
         worker.ask("start_training", **flags)
         worker.ask("train", steps=block)  # to warm up
     # One figure for the micro-batches of an update: only the last of them has the update.
-    return measure(args, lambda side: [mean(workers[side].ask("train", steps=block)["ms"])])
+    return measure(args, lambda side, _: [mean(workers[side].ask("train", steps=block)["ms"])])
 
 
 def search(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int) -> dict:
@@ -127,13 +127,13 @@ def search(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int
     queries = FTDataset(data, 1, TRAIN["seq_len"], BEAM["eval_len"]).queries()
     sizes = {"ours": batch_size, "align": 1}
 
-    def ask(side: str, **flags) -> list[float]:
+    def ask(side: str, _: int, **flags) -> list[float]:
         answer = workers[side].ask("search", queries=queries[:sizes[side]],
                                    batch_size=sizes[side], **{**BEAM, **flags})
         return [sizes[side] / answer["seconds"]]
 
     for side in SIDES:
-        ask(side, eval_len=4)  # to warm up
+        ask(side, 0, eval_len=4)  # to warm up
     return measure(args, ask)
 
 

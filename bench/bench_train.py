@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
                                      description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
-    parser.add_argument("--rounds", type=at_least(1), default=20, help="blocks of each side")
+    parser.add_argument("--rounds", type=at_least(1), default=16, help="blocks of each side")
     parser.add_argument("--block", type=at_least(1), default=4,
                         help="micro-batches a block; a multiple of grad_acc")
     parser.add_argument("--warm_up", type=at_least(1), default=10,
@@ -90,15 +90,19 @@ def steps(args: argparse.Namespace, model: dict, data: Path) -> dict:
         blocks = {side: [] for side in SIDES}  # milliseconds of each micro-batch of each block
         losses = {side: [] for side in SIDES}
         products = {side: [] for side in ("ours", "align")}  # of each round: of each shape: ms
-        ask_train = lambda side: workers[side].ask("train", steps=args.block)  # noqa: E731
-        ask_matmul = lambda side: workers[side].ask(  # noqa: E731
-            "matmul", shapes=SHAPES, repeats=3)
+
+        def block(side: str, _: int) -> dict:
+            return workers[side].ask("train", steps=args.block)
+
+        def matmul(side: str, _: int) -> list[list[float]]:
+            return workers[side].ask("matmul", shapes=SHAPES, repeats=3)
+
         with Progress(args.rounds, "training", "round") as bar:
-            for answers in in_turns(list(SIDES), args.rounds, ask_train):
+            for answers in in_turns(SIDES, args.rounds, block):
                 for side, answer in answers.items():
                     blocks[side].append(answer["ms"])
                     losses[side].append(answer["loss"])
-                for answer in in_turns(list(products), 1, ask_matmul):
+                for answer in in_turns(products, 1, matmul):
                     for side, times in answer.items():
                         products[side].append(times)
                 bar.update()
@@ -150,7 +154,7 @@ def programs(args: argparse.Namespace, model: dict, data: Path) -> dict:
     """
     found = {side: {"first_step_s": [], "peak_mib": []} for side in PROGRAMS}
     with Progress(args.runs + 1, "whole runs", "round") as bar:
-        for turn, answers in enumerate(in_turns(list(PROGRAMS), args.runs + 1, lambda side: (
+        for turn, answers in enumerate(in_turns(PROGRAMS, args.runs + 1, lambda side, _: (
                 whole_run(args, model, data, PROGRAMS[side])))):
             for side, (first_step, peak) in answers.items():
                 if turn:
@@ -181,13 +185,13 @@ def whole_run(args: argparse.Namespace, model: dict, data: Path,
         for flag, value in flags.items():
             command += [f"--{flag}", str(value)]
         first_step, started = None, time.perf_counter()
-        process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=stderr,
-                                   env=environment)
-        for line in process.stdout:
-            if first_step is None and line.startswith("| epoch"):
-                first_step = time.perf_counter() - started
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=stderr,
+                              env=environment) as process:
+            for line in process.stdout:
+                if first_step is None and line.startswith("| epoch"):
+                    first_step = time.perf_counter() - started
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode or first_step is None:
             stderr.seek(0)
             last = (stderr.read().strip().splitlines() or ["no message"])[-1]

@@ -22,7 +22,10 @@ __all__ = ["TorchSide", "batches", "torch_beam", "torch_model", "torch_optim", "
 
 
 class TorchSide:
-    """A side that has ``self.device`` and, for training, ``micro_batch() -> loss``."""
+    """What is common to them; a side adds ``packages``, to be named in the result, its methods
+
+    ``load`` and ``search`` and, to train, ``start_training`` and ``micro_batch() -> loss``.
+    """
 
     def start(self, device: str) -> dict:
         """What runs here, in words. Raises ValueError where the device cannot be used."""

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from shared import ROOT, InputError
 
@@ -42,6 +42,8 @@ class Worker:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # Jittor's compiling processes, too
             self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.stderr):
+            stream.close()
 
     def ask(self, call: str, **arguments):
         """What the side's method ``call`` returns. Raises InputError if it fails."""
@@ -61,15 +63,16 @@ class Worker:
         return answer["value"]
 
 
-def in_turns(sides: list[str], rounds: int, ask: Callable[[str], object]) -> Iterator[dict]:
-    """Asks every side once a round, in an order that is drawn anew each round.
+def in_turns(sides: Iterable[str], rounds: int,
+             ask: Callable[[str, int], object]) -> Iterator[dict]:
+    """Asks every side once a round, ``ask(side, round)``, in an order that is drawn anew each round.
 
-    Yields a round's answers by side.
+    Rounds count from 0. Yields a round's answers by side.
     """
-    draw = random.Random(0)
-    for _ in range(rounds):
+    draw, sides = random.Random(0), list(sides)
+    for number in range(rounds):
         answers = {}
         for side in draw.sample(sides, len(sides)):
             time.sleep(PAUSE)
-            answers[side] = ask(side)
+            answers[side] = ask(side, number)
         yield answers

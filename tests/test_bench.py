@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 import flops  # noqa: E402
-from shared import GPT2Config  # noqa: E402
+import report  # noqa: E402
+import samples  # noqa: E402
+import weights  # noqa: E402
+import workers  # noqa: E402
+from shared import BEAM, TRAIN, FTDataset, GPT2Config, InputError, read_jsonl  # noqa: E402
 
 CARD = {"n_layer": 3, "n_embd": 8, "n_head": 2, "vocab_size": 31}
 R = 2
@@ -73,6 +77,79 @@ def test_flops_are_those_that_pytorch_counts():
     assert process.returncode == 0, process.stderr
     counted = json.loads(process.stdout)
     assert flops.micro_batch(np.array(MASK), GPT2Config(**CARD), R) == counted
+
+
+def test_flops_of_a_matrix_product():
+    assert flops.matmul(3, 5, 7) == 3 * 7 * (5 + 5)
+
+
+def test_ratio_is_of_medians_and_its_spread_over_blocks():
+    found = report.ratio([1.0, 2.0, 3.0], [2.0, 2.0, 12.0])
+    assert found == {"of_medians": 1.0, "median": 0.5, "q1": 0.375, "q3": 0.75}
+
+
+def test_every_side_has_one_turn_a_round_in_changing_order(monkeypatch):
+    monkeypatch.setattr(workers, "PAUSE", 0)
+    asked = []
+    rounds = list(workers.in_turns(["a", "b", "c"], 8, lambda side, n: asked.append(side) or n))
+    assert rounds == [{"a": n, "b": n, "c": n} for n in range(8)]
+    orders = {tuple(asked[n:n + 3]) for n in range(0, 24, 3)}
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders) and len(orders) > 2
+
+
+def test_worker_answers_and_reports_errors(tmp_path):
+    script = tmp_path / "side.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "bench")!r})
+from serving import serve
+
+class Side:
+    def double(self, x):
+        os.system("echo noise")
+        return 2 * x
+    def fail(self):
+        raise ValueError("not today")
+    def die(self):
+        sys.exit("gone")
+
+serve(Side())
+""")
+    with workers.Worker(script) as worker:
+        assert worker.ask("double", x=[1]) == [1, 1]
+        with pytest.raises(InputError, match="not today"):
+            worker.ask("fail")
+        with pytest.raises(InputError, match="gone"):
+            worker.ask("die")
+
+
+def test_samples_of_a_length_fill_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "WORK", tmp_path)
+    for sample in read_jsonl(samples.of_length(64, 3), {"context": list, "completion": list}):
+        assert len(sample["context"]) == 34 and len(sample["completion"]) == 30
+
+
+def test_sides_do_the_same_task(tmp_path, monkeypatch):
+    """Without dropout ours and align's side see the same losses, and find the same sequences."""
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "loralib")):
+        pytest.skip("no PyTorch; pip install -r requirement-test.txt")
+    for module in (samples, weights):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    model = weights.random_model("gpt2.nano")
+    data = samples.of_length(12, 5)
+    queries = FTDataset(data, 1, 12, 4).queries()
+    flags = {name: value for name, value in TRAIN.items() if name != "lora_dropout"}
+    found = {}
+    for script in ("side_jittor.py", "side_align.py"):
+        with workers.Worker(script) as worker:
+            worker.ask("start", device="cpu")
+            worker.ask("load", **model)
+            ids = worker.ask("search", queries=queries[:2], batch_size=2, **{**BEAM, "eval_len": 4})
+            worker.ask("start_training", data=str(data), **{**flags, "seq_len": 12})
+            found[script] = ids["ids"], worker.ask("train", steps=8)["loss"]
+    (ids, losses), (other_ids, other_losses) = found.values()
+    assert ids == other_ids
+    assert losses == pytest.approx(other_losses, abs=1e-4)
 
 
 if __name__ == "__main__":  # PyTorch in a process without Jittor

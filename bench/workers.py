@@ -65,9 +65,9 @@ class Worker:
 
 def in_turns(sides: Iterable[str], rounds: int,
              ask: Callable[[str, int], object]) -> Iterator[dict]:
-    """Asks every side once a round, ``ask(side, round)``, in an order that is drawn anew each round.
+    """Asks every side once a round, in an order that is drawn anew each round.
 
-    Rounds count from 0. Yields a round's answers by side.
+    Calls ``ask(side, round)``, rounds counted from 0. Yields a round's answers by side.
     """
     draw, sides = random.Random(0), list(sides)
     for number in range(rounds):

@@ -127,8 +127,8 @@ def describe(args: argparse.Namespace, results: dict, one: dict, many: dict) -> 
                   report.cell(of_side["ratio"], 2), f"{of_side['agree']} of {of_side['samples']}"]
                  for side, of_side in sides.items()])
     lines += ["align's algorithm is ours, its ids must be the same. CTranslate2 and `generate` "
-              "end their search by rules of their own and ban the n-grams of the context, too.",
-              ""]
+              "end their search by rules of their own, and `generate` bans n-grams of the context, "
+              "too.", ""]
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import report
@@ -100,11 +101,12 @@ def alternate(workers: dict[str, Worker], queries: list, blocks: int, batch_size
     with Progress(blocks, f"batch size {batch_size}", "block") as bar:
         for answers in in_turns(workers, blocks, ask):
             for side, answer in answers.items():
-                paces[side].append(batch_size / answer["seconds"])
+                paces[side].append([batch_size / answer["seconds"]])
                 ids[side] += answer["ids"]
             bar.update()
     return {side: {
-        "samples_per_s": report.spread(of_side), "blocks": of_side, "samples": len(ids[side]),
+        "samples_per_s": report.spread(chain(*of_side)), "blocks": of_side,
+        "samples": len(ids[side]),
         "ratio": report.ratio(paces["ours"], of_side) if side != "ours" else None,
         "agree": sum(a == b for a, b in zip(ids["ours"], ids[side]))}
         for side, of_side in paces.items() if of_side}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import chain
-from statistics import mean, median
+from statistics import mean
 
 import report
 import samples
@@ -102,9 +102,8 @@ def measure(args: argparse.Namespace, ask: Callable[[str, int], list[float]]) ->
             blocks[side].append(answer)
         if time.perf_counter() - started > args.seconds:
             break
-    medians = {side: [median(block) for block in of_side] for side, of_side in blocks.items()}
     return {**{side: report.spread(chain(*of_side)) for side, of_side in blocks.items()},
-            "ratio": report.ratio(medians["ours"], medians["align"])}
+            "ratio": report.ratio(blocks["ours"], blocks["align"])}
 
 
 def train(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int,

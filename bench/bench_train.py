@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 
@@ -115,8 +115,8 @@ def judge(args: argparse.Namespace, data: Path, blocks: dict, products: dict) ->
     """Medians, ratios, and the share of the matmul speed that each side reaches."""
     acc = TRAIN["grad_acc"]
     # A figure is the mean of the micro-batches of one update: only one of them has the update.
-    updates = {side: [sum(block[n:n + acc]) / acc for block in of_side
-                      for n in range(0, args.block, acc)] for side, of_side in blocks.items()}
+    updates = {side: [[sum(block[n:n + acc]) / acc for n in range(0, args.block, acc)]
+                      for block in of_side] for side, of_side in blocks.items()}
     needed = needed_flops(args, data)
     of_update = [sum(needed[n:n + acc]) / acc for n in range(0, len(needed), acc)]
 
@@ -124,16 +124,15 @@ def judge(args: argparse.Namespace, data: Path, blocks: dict, products: dict) ->
         time for times in of_side for time in times[n]) for n, shape in enumerate(SHAPES)]
         for side, of_side in products.items()}  # GFLOP/s
     limit = max(max(of_side) for of_side in speeds.values())
-    block_medians = {side: [median(block) for block in of_side]
-                     for side, of_side in blocks.items()}
     sides = {}
-    for side, times in updates.items():
+    for side, of_side in updates.items():
+        times = list(chain(*of_side))
         reached = [count / 1e6 / ms for count, ms in zip(of_update, times)]  # GFLOP/s
         sides[side] = {"ms_per_batch": report.spread(times), "gflops": report.spread(reached),
                        "of_limit": median(reached) / limit, "blocks": blocks[side]}
     return {"sides": sides, "matmul_gflops": speeds, "matmul_shapes": SHAPES,
             "limit_gflops": limit, "needed_gflop": report.spread(n / 1e9 for n in needed),
-            "ratios": {side: report.ratio(block_medians["ours"], block_medians[side])
+            "ratios": {side: report.ratio(updates["ours"], updates[side])
                        for side in SIDES if side != "ours"}}
 
 

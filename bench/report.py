@@ -23,13 +23,15 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"median": float(median), "q1": float(q1), "q3": float(q3)}
 
 
-def ratio(blocks: list[float], other: list[float]) -> dict[str, float]:
-    """How ``blocks`` (a figure a block of one side) stand to those of another, block by block.
+def ratio(blocks: list[list[float]], other: list[list[float]]) -> dict[str, float]:
+    """How the figures of one side, block by block, stand to those of another.
 
-    ``of_medians`` and the quartiles of the blocks' own ratios.
+    ``of_medians`` is the ratio of the medians of all figures; median and quartiles are those of
+    the blocks' own ratios of medians.
     """
-    return {"of_medians": float(np.median(blocks) / np.median(other)),
-            **spread(np.divide(blocks, other))}
+    return {"of_medians": float(np.median(np.concatenate(blocks))
+                                / np.median(np.concatenate(other))),
+            **spread(np.median(a) / np.median(b) for a, b in zip(blocks, other))}
 
 
 def setting(starts: Iterable[dict], device: str) -> dict:

@@ -84,7 +84,7 @@ def test_flops_of_a_matrix_product():
 
 
 def test_ratio_is_of_medians_and_its_spread_over_blocks():
-    found = report.ratio([1.0, 2.0, 3.0], [2.0, 2.0, 12.0])
+    found = report.ratio([[1.0, 1.0, 9.0], [2.0], [3.0]], [[2.0], [2.0], [12.0]])
     assert found == {"of_medians": 1.0, "median": 0.5, "q1": 0.375, "q3": 0.75}
 
 

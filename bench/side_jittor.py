@@ -92,6 +92,7 @@ class Training:
         from dataset import FTDataset
         from optimizer import AdamW, make_schedule
 
+        model.train()  # first: after a search, in eval(), Jittor holds every parameter for frozen
         lora.mark_only_lora_as_trainable(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.model, self.grad_acc = model, grad_acc
@@ -102,7 +103,6 @@ class Training:
         self.batches = (batch for epoch in itertools.count(1)
                         for batch in samples.batches(seed, epoch))
         self.step, self.gradients = 0, {}
-        model.train()
 
     def micro_batch(self) -> float:
         """Trains on the next batch and returns its loss."""

@@ -1,0 +1,138 @@
+"""Times beam search with GPT-2 and LoRA: ours, CTranslate2, transformers' generate, align's.
+
+All sides have the same weights (LoRA merged where a side has none) and continue the same contexts
+in alternation: one at a time, then batches side by side for those that can.
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
+
+import report
+import samples
+import weights
+from shared import (
+    BEAM,
+    MODEL_CARDS,
+    TRAIN,
+    FTDataset,
+    InputError,
+    Progress,
+    at_least,
+    log,
+    run,
+)
+from workers import Worker, in_turns
+
+SCRIPTS = {"ours": "side_jittor.py", "ctranslate2": "side_ctranslate2.py",
+           "generate": "side_transformers.py", "align": "side_align.py"}
+NAMES = {"ours": "ours (Jittor)", "ctranslate2": "CTranslate2",
+         "generate": "transformers `generate`", "align": "align (PyTorch)"}
+IN_BATCHES = ("ours", "ctranslate2")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/run.sh beam",
+                                     description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights, the last "
+                        "model.STEP.pt of src/gpt2_ft.py; without it random ones, of which "
+                        "hardly any beam ends early")
+    parser.add_argument("--samples", type=at_least(1), default=8,
+                        help="contexts that every side continues one at a time")
+    parser.add_argument("--batch_size", type=at_least(2), default=16,
+                        help="contexts side by side, of the sides that can")
+    parser.add_argument("--batches", type=at_least(0), default=2, help="so many of them")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
+    parser.add_argument("--name", default="beam", help="of the files in bench/results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    model = (weights.trained_model(args.card, args.checkpoint) if args.checkpoint
+             else weights.random_model(args.card))
+    converted = weights.for_ctranslate2(model)
+    data, source = samples.of_e2e("test")
+    dataset = FTDataset(data, 1, TRAIN["seq_len"], BEAM["eval_len"])
+    queries = list(dict.fromkeys(dataset.queries()))  # equal ones are searched once by ours
+    wanted = max(args.samples, args.batches * args.batch_size)
+    if len(queries) < wanted:
+        raise InputError(f"{data}: {len(queries)} different contexts, {wanted} are wanted; take "
+                         "smaller --samples, --batches or --batch_size")
+
+    with ExitStack() as stack:
+        workers = {side: stack.enter_context(Worker(script)) for side, script in SCRIPTS.items()}
+        starts = [worker.ask("start", device=args.device) for worker in workers.values()]
+        for side, worker in workers.items():
+            log(f"{NAMES[side]}: loading, then a short search to warm up")
+            worker.ask("load", **({"folder": converted} if side == "ctranslate2" else model))
+            for size in (1, args.batch_size) if side in IN_BATCHES else (1,):
+                search(worker, queries[:size], size, eval_len=4)
+        one = alternate({side: workers[side] for side in SCRIPTS}, queries, args.samples, 1)
+        many = alternate({side: workers[side] for side in IN_BATCHES}, queries, args.batches,
+                         args.batch_size)
+    results = {**report.setting(starts, args.device), "card": args.card, "flags": BEAM,
+               "weights": str(args.checkpoint or "random"), "data": source,
+               "batch_size_1": one, f"batch_size_{args.batch_size}": many}
+    report.write(args.name, results, describe(args, results, one, many))
+    agreed, searched = one["align"]["agree"], one["align"]["samples"]
+    if agreed != searched:
+        raise InputError(f"only {agreed} of {searched} answers are those of align's PyTorch side; "
+                         "run bash align/run.sh e2e --strict")
+
+
+def search(worker: Worker, queries: list, batch_size: int, **flags) -> dict:
+    return worker.ask("search", queries=queries, batch_size=batch_size, **{**BEAM, **flags})
+
+
+def alternate(workers: dict[str, Worker], queries: list, blocks: int, batch_size: int) -> dict:
+    """All sides on the same blocks of ``batch_size`` queries: pace, ratio, agreement with ours."""
+    paces, ids = {side: [] for side in workers}, {side: [] for side in workers}
+
+    def ask(side: str, block: int) -> dict:
+        start = block * batch_size
+        return search(workers[side], queries[start:start + batch_size], batch_size)
+
+    with Progress(blocks, f"batch size {batch_size}", "block") as bar:
+        for answers in in_turns(workers, blocks, ask):
+            for side, answer in answers.items():
+                paces[side].append([batch_size / answer["seconds"]])
+                ids[side] += answer["ids"]
+            bar.update()
+    return {side: {
+        "samples_per_s": report.spread(chain(*of_side)), "blocks": of_side,
+        "samples": len(ids[side]),
+        "ratio": report.ratio(paces["ours"], of_side) if side != "ours" else None,
+        "agree": sum(a == b for a, b in zip(ids["ours"], ids[side]))}
+        for side, of_side in paces.items() if of_side}
+
+
+def describe(args: argparse.Namespace, results: dict, one: dict, many: dict) -> list[str]:
+    """The report in Markdown."""
+    lines = report.introduction(f"Beam search, {args.card}", results)
+    lines += [f"Beam {BEAM['beam']}, {BEAM['eval_len']} tokens at most, contexts of "
+              f"{TRAIN['seq_len'] - BEAM['eval_len']} at most, length_penalty "
+              f"{BEAM['length_penalty']}, no_repeat_ngram_size {BEAM['no_repeat_ngram_size']}; "
+              f"weights: {results['weights']}; data: {results['data']}. Medians [quartiles] of "
+              "blocks in alternation, a block being a batch.", ""]
+    for batch_size, sides in ((1, one), (args.batch_size, many)):
+        if sides:
+            lines += report.table(
+                [f"batch size {batch_size}", "samples/s", "ours is faster by [over blocks]",
+                 "same ids as ours"],
+                [[NAMES[side], report.cell(of_side["samples_per_s"], 3),
+                  report.cell(of_side["ratio"], 2), f"{of_side['agree']} of {of_side['samples']}"]
+                 for side, of_side in sides.items()])
+    lines += ["align's algorithm is ours, its ids must be the same. CTranslate2 and `generate` "
+              "end their search by rules of their own, and `generate` bans n-grams of the context, "
+              "too.", ""]
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

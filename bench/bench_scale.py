@@ -1,0 +1,198 @@
+"""Times training and beam search against batch size, sequence length and size of the model.
+
+Ours and align's PyTorch side, in alternation. One thing varies at a time, the others stay at the
+experiment's: batch 2, 64 tokens. All samples fill their sequence: there is no padding to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import chain
+from statistics import mean
+
+import report
+import samples
+import weights
+from shared import BEAM, MODEL_CARDS, TRAIN, FTDataset, Progress, at_least, log, run
+from workers import Worker, in_turns
+
+SIDES = {"ours": "side_jittor.py", "align": "side_align.py"}
+NAMES = {"ours": "ours (Jittor)", "align": "align (PyTorch)"}
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: "1,2,4"."""
+    values = [int(item) for item in text.split(",")]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: all must be 1 or more")
+    return values
+
+
+def cards(text: str) -> list[str]:
+    """An argparse type: "gpt2.nano,gpt2.sm"."""
+    for card in text.split(","):
+        if card not in MODEL_CARDS:
+            raise argparse.ArgumentTypeError(f"{card} is none of {', '.join(MODEL_CARDS)}")
+    return text.split(",")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/run.sh scale",
+                                     description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--cards", type=cards, default="gpt2.nano,gpt2.sm", help="sizes of GPT-2")
+    parser.add_argument("--batch_sizes", type=numbers, default="1,2,4,8,16",
+                        help=f"at {TRAIN['seq_len']} tokens")
+    parser.add_argument("--seq_lens", type=numbers, default="32,64,128,256,512",
+                        help=f"at batch size {TRAIN['batch_size']}")
+    parser.add_argument("--beam_sizes", type=numbers, default="1,4,16",
+                        help="contexts searched side by side")
+    parser.add_argument("--rounds", type=at_least(1), default=5,
+                        help="blocks of each side at a setting, at most")
+    parser.add_argument("--seconds", type=at_least(0, float), default=6.0,
+                        help="no further block at a setting once so many are spent on it")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
+    parser.add_argument("--name", default="scale", help="of the files in bench/results")
+    args = parser.parse_args()
+    if not all(2 <= length <= 1024 for length in args.seq_lens):
+        parser.error("--seq_lens: the models read from 2 to 1024 tokens")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    settings = ([(size, TRAIN["seq_len"]) for size in args.batch_sizes]
+                + [(TRAIN["batch_size"], length) for length in args.seq_lens])
+    settings = list(dict.fromkeys(settings))
+    training, beam = {}, {}
+    with ExitStack() as stack:
+        workers = {side: stack.enter_context(Worker(script)) for side, script in SIDES.items()}
+        starts = [worker.ask("start", device=args.device) for worker in workers.values()]
+        for card in args.cards:
+            log(f"{card}: loading")
+            model = weights.random_model(card)
+            for worker in workers.values():
+                worker.ask("load", **model, lora_dropout=TRAIN["lora_dropout"])
+            with Progress(len(settings), f"{card}, training", "setting") as bar:
+                training[card] = []
+                for batch_size, seq_len in settings:
+                    training[card].append({"batch_size": batch_size, "seq_len": seq_len,
+                                           **train(args, workers, batch_size, seq_len)})
+                    bar.update()
+            with Progress(len(args.beam_sizes), f"{card}, beam search", "setting") as bar:
+                beam[card] = []
+                for batch_size in args.beam_sizes:
+                    beam[card].append({"batch_size": batch_size,
+                                       **search(args, workers, batch_size)})
+                    bar.update()
+    results = {**report.setting(starts, args.device), "flags": TRAIN, "beam_flags": BEAM,
+               "training": training, "beam": beam}
+    report.write(args.name, results, describe(results), figure(results))
+
+
+def measure(args: argparse.Namespace, ask: Callable[[str, int], list[float]]) -> dict:
+    """What ``ask`` measures of the sides in turns, while time is left: medians, ratio."""
+    blocks, started = {side: [] for side in SIDES}, time.perf_counter()
+    for answers in in_turns(SIDES, args.rounds, ask):
+        for side, answer in answers.items():
+            blocks[side].append(answer)
+        if time.perf_counter() - started > args.seconds:
+            break
+    return {**{side: report.spread(chain(*of_side)) for side, of_side in blocks.items()},
+            "ratio": report.ratio(blocks["ours"], blocks["align"])}
+
+
+def train(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int,
+          seq_len: int) -> dict:
+    """Milliseconds a micro-batch."""
+    block = TRAIN["grad_acc"]
+    flags = {flag: value for flag, value in TRAIN.items() if flag != "lora_dropout"}
+    flags.update(batch_size=batch_size, seq_len=seq_len,
+                 data=str(samples.of_length(seq_len, count=4 * batch_size)))
+    for worker in workers.values():
+        worker.ask("start_training", **flags)
+        worker.ask("train", steps=block)  # to warm up
+    # One figure for the micro-batches of an update: only the last of them has the update.
+    return measure(args, lambda side, _: [mean(workers[side].ask("train", steps=block)["ms"])])
+
+
+def search(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int) -> dict:
+    """Samples a second; align's side always takes one at a time."""
+    data = samples.of_length(TRAIN["seq_len"], count=batch_size)
+    queries = FTDataset(data, 1, TRAIN["seq_len"], BEAM["eval_len"]).queries()
+    sizes = {"ours": batch_size, "align": 1}
+
+    def ask(side: str, _: int, **flags) -> list[float]:
+        answer = workers[side].ask("search", queries=queries[:sizes[side]],
+                                   batch_size=sizes[side], **{**BEAM, **flags})
+        return [sizes[side] / answer["seconds"]]
+
+    for side in SIDES:
+        ask(side, 0, eval_len=4)  # to warm up
+    return measure(args, ask)
+
+
+def describe(results: dict) -> list[str]:
+    """The report in Markdown."""
+    lines = report.introduction("Cost against size", results)
+    lines += ["Medians [quartiles]. Training as in the experiment but for what the table varies; "
+              "all samples fill their sequence.", ""]
+    for card, settings in results["training"].items():
+        lines += report.table(
+            [f"{card}, training: batch x tokens", *(f"{name}, ms/batch" for name in NAMES.values()),
+             "ours takes of it"],
+            [[f"{one['batch_size']} x {one['seq_len']}",
+              *(report.cell(one[side], 1) for side in SIDES), report.cell(one["ratio"], 3)]
+             for one in settings])
+    lines += [f"Beam search, beam {BEAM['beam']}, {BEAM['eval_len']} tokens; align's takes one "
+              "context at a time whatever the batch size.", ""]
+    for card, settings in results["beam"].items():
+        lines += report.table(
+            [f"{card}, beam search: batch", *(f"{name}, samples/s" for name in NAMES.values()),
+             "ours is faster by"],
+            [[one["batch_size"], *(report.cell(one[side], 3) for side in SIDES),
+              report.cell(one["ratio"], 2)] for one in settings])
+    return lines
+
+
+def figure(results: dict) -> bytes:
+    """A PNG: training against batch size and sequence length, beam search against batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawing, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), dpi=120, layout="constrained")
+    for colour, card in enumerate(results["training"]):
+        training = results["training"][card]
+        curves = [("batch_size", [one for one in training if one["seq_len"] == TRAIN["seq_len"]]),
+                  ("seq_len", [one for one in training
+                               if one["batch_size"] == TRAIN["batch_size"]]),
+                  ("batch_size", results["beam"][card])]
+        for axes, (name, points) in zip(panels, curves):
+            points = sorted(points, key=lambda one, name=name: one[name])
+            for side, style in zip(SIDES, ("o-", "s--")):
+                axes.loglog([one[name] for one in points],
+                            [one[side]["median"] for one in points], style, color=f"C{colour}",
+                            markersize=4, label=f"{card}, {NAMES[side]}")
+    for axes, (across, up) in zip(panels, (
+            (f"batch size ({TRAIN['seq_len']} tokens a sample)", "training, ms/batch"),
+            (f"sequence length (batch size {TRAIN['batch_size']})", "training, ms/batch"),
+            ("batch size", "beam search, samples/s"))):
+        axes.set(xlabel=across, ylabel=up)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.grid(alpha=0.3, which="both")
+    panels[0].legend(fontsize="small")
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png", metadata={"Software": None})
+    pyplot.close(drawing)
+    return picture.getvalue()
+
+
+if __name__ == "__main__":
+    run(main)

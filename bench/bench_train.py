@@ -1,0 +1,235 @@
+"""Times training of GPT-2 with LoRA on E2E: a micro-batch, peak memory, the way to the first step.
+
+Ours, align's PyTorch side and transformers + peft train on the same batches in alternation. Beside
+them, in the same run, the speed of float32 matrix products, of which each side's share is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from itertools import chain, islice
+from pathlib import Path
+from statistics import median
+
+import flops
+import report
+import samples
+import weights
+from shared import (
+    LORA,
+    MODEL_CARDS,
+    ROOT,
+    TRAIN,
+    WORK,
+    FTDataset,
+    InputError,
+    Progress,
+    at_least,
+    log,
+    run,
+)
+from workers import Worker, in_turns
+
+SIDES = {"ours": "side_jittor.py", "align": "side_align.py", "peft": "side_transformers.py"}
+NAMES = {"ours": "ours (Jittor)", "align": "align (PyTorch)", "peft": "transformers + peft"}
+PROGRAMS = {"ours": "src/gpt2_ft.py", "align": "align/torch_train.py"}
+SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (128, 768, 3072)]  # (m, k) x (k, n)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/run.sh train",
+                                     description=__doc__.splitlines()[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
+    parser.add_argument("--rounds", type=at_least(1), default=16, help="blocks of each side")
+    parser.add_argument("--block", type=at_least(1), default=4,
+                        help="micro-batches a block; a multiple of grad_acc")
+    parser.add_argument("--warm_up", type=at_least(1), default=10,
+                        help="micro-batches of each side before its first block")
+    parser.add_argument("--runs", type=at_least(0), default=3,
+                        help="whole runs of each program for memory and start; 0: none")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
+    parser.add_argument("--name", default="train", help="of the files in bench/results")
+    args = parser.parse_args()
+    for flag in ("block", "warm_up"):
+        if getattr(args, flag) % TRAIN["grad_acc"]:
+            parser.error(f"--{flag} must be a multiple of {TRAIN['grad_acc']} (grad_acc)")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    data, source = samples.of_e2e("train")
+    model = weights.random_model(args.card)
+    results = steps(args, model, data)
+    results["data"] = source
+    if args.runs:
+        results["programs"] = programs(args, model, data)
+    report.write(args.name, results, describe(args, results))
+
+
+def steps(args: argparse.Namespace, model: dict, data: Path) -> dict:
+    """Micro-batches and matrix products of all sides in alternation."""
+    with ExitStack() as stack:
+        workers = {side: stack.enter_context(Worker(script)) for side, script in SIDES.items()}
+        starts = {side: worker.ask("start", device=args.device)
+                  for side, worker in workers.items()}
+        for side, worker in workers.items():
+            log(f"{NAMES[side]}: loading, then {args.warm_up} micro-batches to warm up")
+            worker.ask("load", **model, lora_dropout=TRAIN["lora_dropout"])
+            worker.ask("start_training", data=str(data), **{
+                flag: value for flag, value in TRAIN.items() if flag != "lora_dropout"})
+            worker.ask("train", steps=args.warm_up)
+
+        blocks = {side: [] for side in SIDES}  # milliseconds of each micro-batch of each block
+        losses = {side: [] for side in SIDES}
+        products = {side: [] for side in ("ours", "align")}  # of each round: of each shape: ms
+
+        def block(side: str, _: int) -> dict:
+            return workers[side].ask("train", steps=args.block)
+
+        def matmul(side: str, _: int) -> list[list[float]]:
+            return workers[side].ask("matmul", shapes=SHAPES, repeats=3)
+
+        with Progress(args.rounds, "training", "round") as bar:
+            for answers in in_turns(SIDES, args.rounds, block):
+                for side, answer in answers.items():
+                    blocks[side].append(answer["ms"])
+                    losses[side].append(answer["loss"])
+                for answer in in_turns(products, 1, matmul):
+                    for side, times in answer.items():
+                        products[side].append(times)
+                bar.update()
+    return {**report.setting(starts.values(), args.device), "card": args.card, "flags": TRAIN,
+            "lora": LORA, "block": args.block, "warm_up": args.warm_up,
+            "losses": losses, **judge(args, data, blocks, products)}
+
+
+def judge(args: argparse.Namespace, data: Path, blocks: dict, products: dict) -> dict:
+    """Medians, ratios, and the share of the matmul speed that each side reaches."""
+    acc = TRAIN["grad_acc"]
+    # A figure is the mean of the micro-batches of one update: only one of them has the update.
+    updates = {side: [[sum(block[n:n + acc]) / acc for n in range(0, args.block, acc)]
+                      for block in of_side] for side, of_side in blocks.items()}
+    needed = needed_flops(args, data)
+    of_update = [sum(needed[n:n + acc]) / acc for n in range(0, len(needed), acc)]
+
+    speeds = {side: [flops.matmul(*shape) / 1e6 / median(
+        time for times in of_side for time in times[n]) for n, shape in enumerate(SHAPES)]
+        for side, of_side in products.items()}  # GFLOP/s
+    limit = max(max(of_side) for of_side in speeds.values())
+    sides = {}
+    for side, of_side in updates.items():
+        times = list(chain(*of_side))
+        reached = [count / 1e6 / ms for count, ms in zip(of_update, times)]  # GFLOP/s
+        sides[side] = {"ms_per_batch": report.spread(times), "gflops": report.spread(reached),
+                       "of_limit": median(reached) / limit, "blocks": blocks[side]}
+    return {"sides": sides, "matmul_gflops": speeds, "matmul_shapes": SHAPES,
+            "limit_gflops": limit, "needed_gflop": report.spread(n / 1e9 for n in needed),
+            "ratios": {side: report.ratio(updates["ours"], updates[side])
+                       for side in SIDES if side != "ours"}}
+
+
+def needed_flops(args: argparse.Namespace, data: Path) -> list[int]:
+    """What each timed micro-batch needs, see flops.py."""
+    dataset = FTDataset(data, TRAIN["batch_size"], TRAIN["seq_len"])
+    last = args.warm_up + args.rounds * args.block
+    batches = (batch for epoch in range(1, last + 1)
+               for batch in dataset.batches(TRAIN["seed"], epoch))
+    return [flops.micro_batch(batch.mask, MODEL_CARDS[args.card], LORA["r"])
+            for batch in islice(batches, args.warm_up, last)]
+
+
+def programs(args: argparse.Namespace, model: dict, data: Path) -> dict:
+    """Whole runs of the two training programs: peak memory, seconds to the first step.
+
+    Each runs once before: Jittor's operators are compiled then, and the files in memory.
+    """
+    found = {side: {"first_step_s": [], "peak_mib": []} for side in PROGRAMS}
+    with Progress(args.runs + 1, "whole runs", "round") as bar:
+        for turn, answers in enumerate(in_turns(PROGRAMS, args.runs + 1, lambda side, _: (
+                whole_run(args, model, data, PROGRAMS[side])))):
+            for side, (first_step, peak) in answers.items():
+                if turn:
+                    found[side]["first_step_s"].append(first_step)
+                    found[side]["peak_mib"].append(peak)
+            bar.update()
+    return {side: {name: report.spread(values) for name, values in of_side.items()}
+            for side, of_side in found.items()}
+
+
+def whole_run(args: argparse.Namespace, model: dict, data: Path,
+              program: str) -> tuple[float, float]:
+    """Seconds from the program's start to its first step's end, MiB of its peak memory."""
+    flags = {"train_data": data, "valid_data": data, "train_batch_size": TRAIN["batch_size"],
+             "valid_batch_size": 1, "grad_acc": TRAIN["grad_acc"], "seq_len": TRAIN["seq_len"],
+             "model_card": args.card, "init_checkpoint": model["base"],
+             "lora_checkpoint": model["lora"], "lora_dim": LORA["r"],
+             "lora_alpha": LORA["alpha"], "lora_dropout": TRAIN["lora_dropout"],
+             "label_smooth": TRAIN["label_smooth"], "lr": TRAIN["lr"],
+             "weight_decay": TRAIN["weight_decay"], "adam_beta2": TRAIN["beta2"],
+             "warmup_step": TRAIN["warmup_step"], "random_seed": TRAIN["seed"],
+             "max_step": 4, "log_interval": 1, "device": args.device}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    weights.room_for(WORK / "run", 2 * Path(model["base"]).stat().st_size)
+    with tempfile.TemporaryDirectory(dir=WORK) as work_dir, \
+            tempfile.TemporaryFile("w+", encoding="utf-8") as stderr:
+        command = [sys.executable, ROOT / program, "--work_dir", work_dir]
+        for flag, value in flags.items():
+            command += [f"--{flag}", str(value)]
+        first_step, started = None, time.perf_counter()
+        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=stderr,
+                              env=environment) as process:
+            for line in process.stdout:
+                if first_step is None and line.startswith("| epoch"):
+                    first_step = time.perf_counter() - started
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode or first_step is None:
+            stderr.seek(0)
+            last = (stderr.read().strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"{program}: exit code {process.returncode} ({last})")
+    return first_step, usage.ru_maxrss / 1024
+
+
+def describe(args: argparse.Namespace, results: dict) -> list[str]:
+    """The report in Markdown."""
+    lines = report.introduction(f"Training, {args.card}", results)
+    cell, sides, block = report.cell, results["sides"], results["block"]
+    count = args.rounds * block
+    needed = results["needed_gflop"]
+    lines += [f"Batch {TRAIN['batch_size']}, seq_len {TRAIN['seq_len']}, grad_acc "
+              f"{TRAIN['grad_acc']}, LoRA r {LORA['r']}, alpha {LORA['alpha']}, dropout "
+              f"{TRAIN['lora_dropout']}, label_smooth {TRAIN['label_smooth']}; data: "
+              f"{results['data']}. {count} micro-batches a side in alternating blocks of {block}, "
+              f"after {results['warm_up']} to warm up. Medians [quartiles].", ""]
+    lines += report.table(
+        ["", "ms/batch", "ours takes of it [over blocks]", "GFLOP/s", "of the limit"],
+        [[NAMES[side], cell(one["ms_per_batch"], 1), cell(results["ratios"].get(side), 3),
+          cell(one["gflops"], 1), f"{one['of_limit']:.1%}"] for side, one in sides.items()])
+    lines += [f"GFLOP/s: what the task itself needs, {needed['median']:.1f} [{needed['q1']:.1f}, "
+              f"{needed['q3']:.1f}] GFLOP a micro-batch (bench/flops.py says what counts), over "
+              "the time. The limit is the best float32 matrix product of this run, "
+              f"{results['limit_gflops']:.0f} GFLOP/s:", ""]
+    lines += report.table(
+        ["GFLOP/s", *(f"({m}, {k}) x ({k}, {n})" for m, k, n in results["matmul_shapes"])],
+        [[{"ours": "jt.matmul", "align": "torch.mm"}[side], *(f"{s:.0f}" for s in speeds)]
+         for side, speeds in results["matmul_gflops"].items()])
+    if "programs" in results:
+        lines += [f"Whole runs of 4 micro-batches, warm cache, {args.runs} each in alternation:",
+                  ""]
+        lines += report.table(
+            ["", "start to first step done, s", "peak memory, MiB"],
+            [[f"`{PROGRAMS[side]}`", cell(one["first_step_s"], 1), cell(one["peak_mib"], 0)]
+             for side, one in results["programs"].items()])
+    return lines
+
+
+if __name__ == "__main__":
+    run(main)

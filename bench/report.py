@@ -1,0 +1,102 @@
+"""Medians and their spread, and the files that a bench leaves in bench/results/."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from shared import RESULTS, log, replacing
+
+
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    q1, median, q3 = np.percentile(list(values), [25, 50, 75])
+    return {"median": float(median), "q1": float(q1), "q3": float(q3)}
+
+
+def ratio(blocks: list[list[float]], other: list[list[float]]) -> dict[str, float]:
+    """How the figures of one side, block by block, stand to those of another.
+
+    ``of_medians`` is the ratio of the medians of all figures; median and quartiles are those of
+    the blocks' own ratios of medians.
+    """
+    return {"of_medians": float(np.median(np.concatenate(blocks))
+                                / np.median(np.concatenate(other))),
+            **spread(np.median(a) / np.median(b) for a, b in zip(blocks, other))}
+
+
+def setting(starts: Iterable[dict], device: str) -> dict:
+    """What the reader of a result must know; ``starts``: what the sides' ``start`` returned."""
+    starts = list(starts)
+    versions = {"python": platform.python_version()}
+    for start in starts:
+        versions.update(start["versions"])
+    return {"command": f"bash bench/run.sh {Path(sys.argv[0]).stem.removeprefix('bench_')} "
+                       + shlex.join(sys.argv[1:]),
+            "machine": machine(device), "device": device, "versions": versions,
+            "threads": sorted({start["threads"] for start in starts}), "dtype": "float32"}
+
+
+def machine(device: str) -> str:
+    """Processor, cores and memory in words, and the graphics card where it was used."""
+    cpu = platform.processor() or platform.machine()
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            cpu = line.split(":", 1)[1].strip()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
+    words = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    if device == "cuda" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        words += ", " + subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return words
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def table(head: list[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """A Markdown table, its first column words and the others numbers, and an empty line."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
+def cell(values: dict | None, digits: int) -> str:
+    """A :func:`spread` or :func:`ratio` in a table: the figure and, in brackets, the quartiles."""
+    if values is None:
+        return ""
+    figure = values.get("of_medians", values["median"])
+    return f"{figure:.{digits}f} [{values['q1']:.{digits}f}, {values['q3']:.{digits}f}]"
+
+
+def introduction(title: str, results: dict) -> list[str]:
+    """The head of a report."""
+    return [f"# {title}", "", f"    {results['command']}", "",
+            f"Machine: {results['machine']}; {'/'.join(map(str, results['threads']))} threads a "
+            f"side, {results['dtype']}, device {results['device']}. Versions: " + ", ".join(
+                f"{name} {version}" for name, version in results["versions"].items()) + ".", ""]
+
+
+def write(name: str, results: dict, lines: list[str], picture: bytes | None = None) -> None:
+    """Writes bench/results/NAME.{json,md,png} and shows the report."""
+    text = "\n".join(lines)
+    files = {"json": json.dumps(results, indent=1).encode() + b"\n", "md": text.encode()}
+    if picture:
+        files["png"] = picture
+    for ending, content in files.items():
+        with replacing(RESULTS / f"{name}.{ending}") as file:
+            file.write(content)
+    log(text)
+    log(f"saved {RESULTS / name}.{{{','.join(files)}}}")

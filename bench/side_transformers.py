@@ -1,0 +1,127 @@
+"""transformers as a side of the benches: with peft for training, its generate for beam search.
+
+As a user with an eye on speed would run it: PyTorch's fused attention, batches padded to their
+longest sample and, padded on the right, without an attention mask, which that attention would pay
+for. Its LoRA is peft's, on the whole of c_attn, its loss transformers' own (no label smoothing).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+from serving import serve
+from torch_side import TorchSide, batches, torch_model
+
+
+class Side(TorchSide):
+    packages = ("torch", "transformers", "peft")
+
+    def load(self, card: str, base: str, lora: str | None, r: int, alpha: int,
+             lora_dropout: float = 0.0) -> None:
+        """``lora`` is merged into the base, where ``base`` is not a whole model already."""
+        self.optimizer = None
+        self.model = merged(card, base, lora, r, alpha).to(self.device).eval()
+        self.lora = peft.LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha,
+                                    lora_dropout=lora_dropout, target_modules=["c_attn"],
+                                    fan_in_fan_out=True)
+
+    def start_training(self, data: str, *, batch_size: int, seq_len: int, grad_acc: int,
+                       label_smooth: float, lr: float, warmup_step: int, max_step: int,
+                       weight_decay: float, beta1: float, beta2: float, epsilon: float,
+                       seed: int) -> None:
+        self.batches = batches(data, batch_size, seq_len, seed)
+        self.model = peft.get_peft_model(self.model, self.lora).train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr, (beta1, beta2), epsilon, weight_decay)
+        self.schedule = transformers.get_linear_schedule_with_warmup(
+            self.optimizer, warmup_step // grad_acc, max_step // grad_acc)
+        self.grad_acc, self.step = grad_acc, 0
+
+    def micro_batch(self) -> float:
+        batch = next(self.batches)
+        mask = batch["mask"].bool()  # (B, T): where the target counts
+        width = int(mask.any(dim=0).nonzero().max()) + 2  # the last target itself is read, too
+        input_ids = batch["input"][:, :width].to(self.device)
+        # transformers shifts by itself: a label stands where its token does.
+        labels = torch.full_like(batch["input"], -100)
+        labels[:, 1:] = batch["target"].where(mask, -100)[:, :-1]
+        loss = self.model(input_ids=input_ids, labels=labels[:, :width].to(self.device),
+                          use_cache=False).loss
+        (loss / self.grad_acc).backward()
+        self.step += 1
+        if self.step % self.grad_acc == 0:
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+        return loss.item()
+
+    @torch.no_grad()
+    def search(self, queries: list[list[int]], batch_size: int, beam: int, eval_len: int,
+               length_penalty: float, no_repeat_ngram_size: int, eos: list[int]) -> dict:
+        """One query after the other."""
+        started = time.perf_counter()
+        found = []
+        for query in queries:
+            input_ids = torch.tensor([query], device=self.device)
+            output = self.model.generate(
+                input_ids, attention_mask=torch.ones_like(input_ids), num_beams=beam,
+                do_sample=False, max_new_tokens=eval_len, length_penalty=length_penalty,
+                no_repeat_ngram_size=no_repeat_ngram_size, eos_token_id=eos, pad_token_id=0)
+            found.append(output[0, len(query):].tolist())
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "ids": [ids + [0] * (eval_len - len(ids)) for ids in found]}
+
+    def convert(self, folder: str) -> None:
+        """Writes the loaded model to ``folder`` as CTranslate2 reads it, in float32.
+
+        A token's text there is its id: that side is given ids and gives ids.
+        """
+        import tokenizers
+        from ctranslate2.converters import TransformersConverter
+
+        size = self.model.config.vocab_size
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+            {str(token): token for token in range(size)}, unk_token=str(size - 1)))
+        end = str(size - 1)  # <|endoftext|>, which is all three in GPT-2
+        with tempfile.TemporaryDirectory(dir=Path(folder).parent) as published:
+            self.model.save_pretrained(published)
+            transformers.PreTrainedTokenizerFast(
+                tokenizer_object=words, bos_token=end, eos_token=end,
+                unk_token=end).save_pretrained(published)
+            fresh = Path(published, "converted")
+            TransformersConverter(published).convert(str(fresh))
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+
+
+def merged(card: str, base: str, lora: str | None, r: int, alpha: int):
+    """A plain GPT2LMHeadModel, W + B A alpha / r in the place of W and LoRA."""
+    whole = torch_model.build(card, r, alpha)
+    torch_model.load_weights(whole, base)
+    if lora:
+        torch_model.load_lora(whole, lora)
+    weights = whole.state_dict()
+    width = whole.config.n_embd
+    for layer in range(whole.config.n_layer if r else 0):
+        name = f"transformer.h.{layer}.attn.c_attn."
+        weight = weights[name + "weight"]  # (C, 3 C)
+        a, b = weights.pop(name + "lora_A"), weights.pop(name + "lora_B")  # (2 r, C), (2 C, r)
+        for half, columns in enumerate((slice(0, width), slice(2 * width, 3 * width))):
+            product = b[half * width:(half + 1) * width] @ a[half * r:(half + 1) * r]
+            weight[:, columns] += product.T * (alpha / r)
+    config = transformers.GPT2Config(**torch_model.CARDS[card], resid_pdrop=0.0, embd_pdrop=0.0,
+                                     attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(config)
+    model.load_state_dict(weights)
+    return model
+
+
+if __name__ == "__main__":
+    serve(Side())

@@ -1,0 +1,91 @@
+"""The weights that all sides load: random ones, for nothing here depends on what they know."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from shared import LORA, MODEL_CARDS, ROOT, WORK, InputError, log, torch_file
+from workers import Worker
+
+
+def random_model(card: str) -> dict:
+    """The side's ``load`` arguments of a random GPT-2 with LoRA; written once, then found again.
+
+    B of LoRA is drawn, too: from zero a side that leaves LoRA out would not be noticed.
+    """
+    base, lora = WORK / card / "base.pt", WORK / card / "lora.pt"
+    if not base.is_file():
+        room_for(base, 4 * _size(card))
+        log(f"{card}: writing random weights to {base.parent}")
+        _torch_init(card, base, "--random_seed", "0")
+    if not lora.is_file():
+        drawn = lora.with_suffix(".A.pt")
+        _torch_init(card, drawn, "--random_seed", "1", "--lora_dim", str(LORA["r"]))
+        state = torch_file.load(drawn)["model_state_dict"]
+        random = np.random.default_rng(1)
+        for name in sorted(name for name in state if name.endswith("lora_B")):
+            state[name] = random.normal(0.0, 0.02, state[name].shape).astype(np.float32)
+        torch_file.save(lora, {"model_state_dict": state})
+        drawn.unlink()
+    return {"card": card, "base": str(base), "lora": str(lora), **LORA}
+
+
+def trained_model(card: str, path: Path) -> dict:
+    """The same of a checkpoint that has LoRA and its base, as src/gpt2_ft.py's last one does."""
+    try:
+        state = torch_file.load(path)["model_state_dict"]
+        a = state["transformer.h.0.attn.c_attn.lora_A"]
+    except (OSError, torch_file.TorchFileError, TypeError, KeyError):
+        raise InputError(f"{path}: no checkpoint with LoRA; give the last model.STEP.pt of "
+                         "src/gpt2_ft.py") from None
+    if a.shape[1] != MODEL_CARDS[card].n_embd:
+        raise InputError(f"{path}: {a.shape[1]} wide, {card} is {MODEL_CARDS[card].n_embd}; give "
+                         "the --card that was trained")
+    return {"card": card, "base": str(path), "lora": None, "r": a.shape[0] // 2,
+            "alpha": LORA["alpha"]}
+
+
+def for_ctranslate2(model: dict) -> str:
+    """The folder of ``model``, LoRA merged, in CTranslate2's format."""
+    folder = Path(model["base"]).with_name("ctranslate2")
+    if model["lora"] is None:  # of a checkpoint that the next run may have written anew
+        folder = WORK / model["card"] / "ctranslate2-checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log(f"{model['card']}: converting for CTranslate2 to {folder}")
+        with Worker("side_transformers.py") as worker:
+            worker.ask("start", device="cpu")
+            worker.ask("load", **model)
+            worker.ask("convert", folder=str(folder))
+    return str(folder)
+
+
+def _torch_init(card: str, output: Path, *flags: str) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, ROOT / "align/torch_init.py", "--model_card", card,
+               "--output", output, *flags]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"align/torch_init.py: {last}")
+
+
+def _size(card: str) -> int:
+    """Bytes of a card's weights in float32, roughly."""
+    config = MODEL_CARDS[card]
+    return 4 * config.n_embd * (config.vocab_size + 12 * config.n_layer * config.n_embd)
+
+
+def room_for(path: Path, size: int) -> None:
+    """Raises InputError where the disk of ``path`` has less than ``size`` bytes left."""
+    place = next(folder for folder in path.parents if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise InputError(f"{path}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} are free there; "
+                         "free some space")

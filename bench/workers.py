@@ -1,0 +1,78 @@
+"""The parent's half of a bench: sides as processes, asked in turns.
+
+PyTorch, Jittor and CTranslate2 clash in one process. So each side is a process that stays; while
+one works, the others wait for their next request and use no processor time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from shared import ROOT, InputError
+
+# OpenMP's threads may spin on for 0.2 s after their work is done, at the next side's cost.
+PAUSE = 0.3
+
+
+class Worker:
+    """One side: bench/SCRIPT in a process of its own. A context manager."""
+
+    def __init__(self, script: str):
+        self.script = script
+        self.stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # Each side takes its own loralib: nothing of a module path is handed on.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "bench" / script], text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.stderr, env=environment, cwd=ROOT,
+            start_new_session=True)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # Jittor's compiling processes, too
+            self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.stderr):
+            stream.close()
+
+    def ask(self, call: str, **arguments):
+        """What the side's method ``call`` returns. Raises InputError if it fails."""
+        try:
+            self.process.stdin.write(json.dumps({"call": call, "with": arguments}) + "\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline() or "null")
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            self.stderr.seek(0)
+            last = (self.stderr.read().strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"bench/{self.script} ended ({last}); if packages are missing: "
+                             "pip install -r requirement-bench.txt")
+        if "error" in answer:
+            raise InputError(f"bench/{self.script}, {call}: {answer['error'].splitlines()[0]}")
+        return answer["value"]
+
+
+def in_turns(sides: Iterable[str], rounds: int,
+             ask: Callable[[str, int], object]) -> Iterator[dict]:
+    """Asks every side once a round, in an order that is drawn anew each round.
+
+    Calls ``ask(side, round)``, rounds counted from 0. Yields a round's answers by side.
+    """
+    draw, sides = random.Random(0), list(sides)
+    for number in range(rounds):
+        answers = {}
+        for side in draw.sample(sides, len(sides)):
+            time.sleep(PAUSE)
+            answers[side] = ask(side, number)
+        yield answers

@@ -8,6 +8,8 @@ from typing import Callable
 
 import jittor as jt
 
+import ops
+
 Schedule = Callable[[int], float]  # number of micro-batches done -> learning rate
 
 
@@ -42,14 +44,12 @@ class AdamW:
             step_size *= math.sqrt(1 - self.beta2 ** self.updates)
             step_size /= 1 - self.beta1 ** self.updates
         for name, p in self.parameters.items():
-            g = gradients[name]
-            m, v = self.m[name], self.v[name]
-            m.update(self.beta1 * m + (1 - self.beta1) * g)
-            v.update(self.beta2 * v + (1 - self.beta2) * g * g)
-            moved = p - step_size * m / (jt.sqrt(v) + self.epsilon)
-            if name not in self.no_decay:
-                moved = moved - lr * self.weight_decay * moved
-            p.update(moved)
+            moved = ops.adamw_update(
+                p, gradients[name], self.m[name], self.v[name], beta1=self.beta1, beta2=self.beta2,
+                epsilon=self.epsilon, step_size=step_size,
+                decay=0.0 if name in self.no_decay else lr * self.weight_decay)
+            for var, value in zip((p, self.m[name], self.v[name]), moved):
+                var.update(value)
         jt.sync_all()
 
 

@@ -41,6 +41,7 @@ def close(ours, truth, tolerance=1e-4):
 
 def logits(model, ids):
     import jittor as jt
+
     import ops
 
     positions = np.tile(np.arange(ids.shape[1], dtype=np.int32), len(ids))

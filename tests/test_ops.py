@@ -357,3 +357,17 @@ def test_dropout_gradient_has_the_same_mask(ops, jittor):
     y = ops.dropout(x, 0.4, 5)
     gradient = jittor.grad((y * jittor.array(upstream)).sum(), x).numpy()
     assert np.allclose(gradient, y.numpy() * upstream, rtol=1e-6) and (gradient == 0).any()
+
+
+def test_adamw_update(ops, jittor):
+    random = np.random.default_rng(0)
+    shape = (37, 11)
+    given = [random.normal(size=shape) for _ in range(3)] + [random.uniform(size=shape)]
+    rule = dict(beta1=0.9, beta2=0.999, epsilon=1e-6, step_size=0.01, decay=0.003)
+    weight, gradient, m, v = given
+    m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient ** 2
+    moved = (weight - 0.01 * m / (np.sqrt(v) + 1e-6)) * (1 - 0.003)
+    for function in (ops.adamw_update, ops.plain_adamw_update):
+        results = function(*(jittor.array(a.astype(np.float32)) for a in given), **rule)
+        for ours, wanted in zip(results, (moved, m, v)):
+            close(ours.numpy(), wanted, 1e-6)

@@ -6,6 +6,7 @@ is fast, and as the reference in tests, the ``plain_`` twin beside each is used,
 own operators. All tensors are float32.
 """
 
+from ops.adamw import adamw_update, plain_adamw_update
 from ops.attention import (
     MASKED,
     beam_attention,
@@ -21,8 +22,8 @@ from ops.lora import dropout, lora_up, plain_lora_up
 from ops.loss import cross_entropy, plain_cross_entropy
 from ops.top import plain_top_log_probs, top_log_probs
 
-__all__ = ["MASKED", "beam_attention", "bias_gelu", "causal_attention", "cross_entropy", "dropout",
-           "layer_norm", "linear", "lora_up", "pack_weight", "plain_beam_attention",
-           "plain_bias_gelu", "plain_causal_attention", "plain_cross_entropy", "plain_layer_norm",
-           "plain_linear", "plain_lora_up", "plain_softmax", "plain_top_log_probs",
-           "top_log_probs"]
+__all__ = ["MASKED", "adamw_update", "beam_attention", "bias_gelu", "causal_attention",
+           "cross_entropy", "dropout", "layer_norm", "linear", "lora_up", "pack_weight",
+           "plain_adamw_update", "plain_beam_attention", "plain_bias_gelu",
+           "plain_causal_attention", "plain_cross_entropy", "plain_layer_norm", "plain_linear",
+           "plain_lora_up", "plain_softmax", "plain_top_log_probs", "top_log_probs"]

@@ -154,23 +154,32 @@ _BEAM_ATTENTION = r"""
     for (int row = 0; row < R; row++)  // the new keys and values stand behind those of before
         std::copy_n(in0_p + ((int64)row * 3 + 1) * C, 2 * C, fresh + (int64)row * 2 * C);
     #pragma omp parallel for
-    for (int item = 0; item < R * H; item++) {
-        const int row = item / H, h = item % H, begin = in2_p[2 * row];
-        const int seen = in2_p[2 * row + 1] - begin;
-        const float* q = in0_p + (int64)row * 3 * C + h * D;
-        float* y = out0_p + (int64)row * C + h * D;
-        std::vector<float> p(seen + steps);
+    for (int row = 0; row < R; row++) {  // all heads of a key at once: it is one piece of memory
+        const int begin = in2_p[2 * row], seen = in2_p[2 * row + 1] - begin, n = seen + steps;
+        const float* q = in0_p + (int64)row * 3 * C;
+        float* y = out0_p + (int64)row * C;
+        std::vector<float> p(H * n);  // (H, n)
         auto key = [&](int j) -> const float* {
-            if (j < seen) return in1_p + ((int64)(begin + j) * 3 + 1) * C + h * D;
+            if (j < seen) return in1_p + ((int64)(begin + j) * 3 + 1) * C;
             j -= seen;
-            return in3_p + ((int64)j * widest + in4_p[(int64)j * R + row]) * 2 * C + h * D;
+            return in3_p + ((int64)j * widest + in4_p[(int64)j * R + row]) * 2 * C;
         };
-        float high = -1e30f, sum = 0;
-        for (int j = 0; j < seen + steps; j++) p[j] = inner(q, key(j), D) * scale;
-        for (auto& score : p) high = std::max(high, score);
-        for (auto& weight : p) { weight = std::exp(weight - high); sum += weight; }
-        for (int d = 0; d < D; d++) y[d] = 0;
-        for (int j = 0; j < seen + steps; j++) add_scaled(y, p[j] / sum, key(j) + C, D);
+        for (int j = 0; j < n; j++) {
+            const float *k = key(j), *next = key(std::min(j + 1, n - 1));
+            for (int c = 0; c < 2 * C; c += 16) __builtin_prefetch(next + c);
+            for (int h = 0; h < H; h++) p[h * n + j] = inner(q + h * D, k + h * D, D) * scale;
+        }
+        for (int h = 0; h < H; h++) {
+            float *weights = &p[h * n], high = -1e30f, sum = 0;
+            for (int j = 0; j < n; j++) high = std::max(high, weights[j]);
+            for (int j = 0; j < n; j++) sum += weights[j] = std::exp(weights[j] - high);
+            for (int j = 0; j < n; j++) weights[j] /= sum;
+        }
+        std::fill_n(y, C, 0.f);
+        for (int j = 0; j < n; j++) {
+            const float* v = key(j) + C;
+            for (int h = 0; h < H; h++) add_scaled(y + h * D, p[h * n + j], v + h * D, D);
+        }
     }
 """
 

@@ -19,9 +19,11 @@ from importlib import metadata
 from pathlib import Path
 
 import report
+import summary
 from common import InputError, log, read_jsonl, run, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "align" / "results"
 # The flags of work.sh.
 MODEL = "--seq_len 64 --lora_dim 4 --lora_alpha 32".split()
 TRAIN = ("--valid_batch_size 1 --clip 0.0 --weight_decay 0.01 --adam_beta2 0.999 "
@@ -61,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
     parser.add_argument("--name", help="of the result (default: from the data, card and mode)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "align")
-    parser.add_argument("--results", type=Path, default=ROOT / "align" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report_only", action="store_true",
                         help="run nothing, report again on what lies in the work dir")
     args = parser.parse_args()
@@ -106,6 +108,8 @@ def main() -> None:
         results = report.collect(folder, args.seeds, args.batch_sizes)
     table = report.write(args.results / args.name, folder, results, broken, args.strict)
     log(table.read_text(encoding="utf-8"))
+    if args.results.resolve() == RESULTS:
+        summary.publish(ROOT)
     if broken:
         seed, text = broken[0]
         raise InputError(f"{args.name}, seed {seed}: {text}; see {table}")

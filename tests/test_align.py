@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("java") is None, reason="scores need Java"),
@@ -127,6 +128,52 @@ def test_report_says_what_is_broken(root, data, run, tmp_path, change, found):
     line, = done.stderr.splitlines()
     assert line.startswith("error: short, seed 2025: ") and found in line
     assert "**Broken:** seed 2025: " in (tmp_path / "results/short/table.md").read_text()
+
+
+def publish(root):
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import pathlib, common, summary; "
+            "common.run(lambda: summary.publish(pathlib.Path(sys.argv[2])))")
+    return subprocess.run([sys.executable, "-c", code, ROOT / "align", root],
+                          capture_output=True, text=True)
+
+
+def test_table_of_all_runs(root, run, tmp_path):
+    """A row a result, in all three documents and nowhere else in them; twice changes nothing."""
+    shutil.copytree(run[2], tmp_path / "align" / "results")
+    paper = json.loads((run[2] / "short" / "results.json").read_text())
+    one, = paper["seeds"].values()
+    paper.update(name="dropout", command="bash align/run.sh demo",
+                 seeds={seed: json.loads(json.dumps(one)) for seed in "123"})
+    for bleu, seed in zip((0.1, 0.2, 0.3), "123"):
+        paper["seeds"][seed]["scores"]["jittor"]["BLEU"] = bleu
+    (tmp_path / "align/results/dropout").mkdir()
+    (tmp_path / "align/results/dropout/results.json").write_text(json.dumps(paper))
+    documents = [tmp_path / name for name in ("README.md", "README.cn.md", "align/README.md")]
+    for path in documents:
+        path.write_text("before\n<!-- align: written by align/run.sh -->\nold\n"
+                        "<!-- align: end -->\nafter\n")
+    for _ in range(2):
+        assert publish(tmp_path).returncode == 0
+        for path in documents:
+            text = path.read_text()
+            folder = "results" if path.parent.name == "align" else "align/results"
+            assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n")
+            assert "old" not in text and text.count(f"({folder}/short/table.md)") == 1
+            strict, = (line for line in text.splitlines() if "[short]" in line)
+            assert f"| {STEPS} | {one['loss']['largest']:.1e} |" in strict
+            dropout, = (line for line in text.splitlines() if "[dropout]" in line)
+            assert "| 3 |" in dropout and "| 0.2000 ± 0.1000 |" in dropout
+    documents[0].write_text("no place\n")
+    done = publish(tmp_path)
+    assert done.returncode == 1 and "README.md: has no place" in done.stderr
+    assert documents[0].read_text() == "no place\n"
+
+
+def test_documents_have_a_place_for_the_results(root):
+    for name in ("README.md", "README.cn.md", "align/README.md"):
+        text = (root / name).read_text()
+        assert text.count("<!-- align: written by align/run.sh -->\n") == 1
+        assert text.count("<!-- align: end -->") == 1
 
 
 @pytest.mark.parametrize("flags, code, found", [

@@ -1,0 +1,88 @@
+"""One table of all results, kept up to date in the READMEs.
+
+Each document in DOCUMENTS has a place for it, between two comments that a reader of the rendered
+page does not see. A run of align/run.sh that writes to align/results fills all of them, so the
+row of a machine with GPT-2's published weights stands beside those that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from statistics import mean, stdev
+
+from common import InputError, replacing
+
+BEGIN, END = "<!-- align: written by align/run.sh -->", "<!-- align: end -->"
+WORDS = {
+    "en": {
+        "strict": ["strict run", "steps", "loss: largest difference",
+                   "LoRA: largest relative difference", "same token ids",
+                   "BLEU, PyTorch / Jittor"],
+        "paper": ["run with dropout", "seeds", "loss, last tenth: PyTorch", "Jittor",
+                  "BLEU: PyTorch", "Jittor", "CIDEr: PyTorch", "Jittor"],
+        "of": "of", "size": "batch size"},
+    "cn": {
+        "strict": ["严格模式", "步数", "损失最大差", "LoRA 矩阵最大相对差", "相同的 token id",
+                   "BLEU，PyTorch / Jittor"],
+        "paper": ["带 dropout", "种子数", "末十分之一的损失：PyTorch", "Jittor",
+                  "BLEU：PyTorch", "Jittor", "CIDEr：PyTorch", "Jittor"],
+        "of": "/", "size": "批大小"},
+}
+# document -> (folder of the results as seen from it, language)
+DOCUMENTS = {"README.md": ("align/results", "en"), "README.cn.md": ("align/results", "cn"),
+             "align/README.md": ("results", "en")}
+
+
+def publish(root: Path) -> None:
+    """Fills the places of DOCUMENTS with the results in ROOT/align/results."""
+    results = [json.loads(path.read_text(encoding="utf-8"))
+               for path in sorted((root / "align" / "results").glob("*/results.json"))]
+    for name, (folder, language) in DOCUMENTS.items():
+        path = root / name
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text.count(BEGIN) != 1 or text.split(BEGIN)[1].count(END) != 1:
+            raise InputError(f"{path}: has no place for the results; put back the two lines "
+                             f"{BEGIN} and {END}")
+        before, rest = text.split(BEGIN)
+        filled = f"{before}{BEGIN}\n{tables(results, folder, language)}{END}{rest.split(END)[1]}"
+        if filled != text:
+            with replacing(path) as file:
+                file.write(filled.encode("utf-8"))
+
+
+def tables(results: list[dict], folder: str, language: str) -> str:
+    """Markdown: a table of the strict runs, one of those with dropout; empty ones are left out."""
+    words, text = WORDS[language], ""
+    for kind, row in (("strict", _strict), ("paper", _paper)):
+        rows = [[f"[{run['name']}]({folder}/{run['name']}/table.md)", *row(run, words)]
+                for run in results if ("--strict" in shlex.split(run["command"])) == (
+                    kind == "strict")]
+        if rows:
+            text += f"\n| {' | '.join(words[kind])} |\n|---{'|---:' * (len(words[kind]) - 1)}|\n"
+            text += "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+    return text + "\n" if text else ""
+
+
+def _strict(run: dict, words: dict) -> list[str]:
+    seeds = run["seeds"].values()
+    same = [f"{count} {words['of']} {one['samples']} ({words['size']} {size})"
+            for one in seeds for size, count in one["identical"].items()]
+    return [", ".join(str(one["steps"]) for one in seeds),
+            f"{max(one['loss']['largest'] for one in seeds):.1e}",
+            f"{max(max(one['lora'].values()) for one in seeds):.1e}", ", ".join(same),
+            " / ".join(f"{mean(one['scores'][side]['BLEU'] for one in seeds):.4f}"
+                       for side in ("torch", "jittor"))]
+
+
+def _paper(run: dict, _: dict) -> list[str]:
+    seeds = run["seeds"].values()
+
+    def cells(values) -> list[str]:
+        numbers = {side: [values(one, side) for one in seeds] for side in ("torch", "jittor")}
+        return [f"{mean(n):.4f} ± {stdev(n):.4f}" for n in numbers.values()]
+
+    return [str(len(seeds)), *cells(lambda one, side: one["last_losses"][side]),
+            *cells(lambda one, side: one["scores"][side]["BLEU"]),
+            *cells(lambda one, side: one["scores"][side]["CIDEr"])]

@@ -173,9 +173,11 @@ def _import_jittor(on_cuda: bool):
     pattern = "*/jittor_core*.so" if on_cuda else "jittor_core*.so"
     if not any(Path(jittor_utils.cache_path).glob(pattern)):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")
-    # Jittor would end this process when Ctrl-C is pressed or any child of ours is killed.
+    # Jittor would end this process when Ctrl-C is pressed or any child of ours is killed, or only
+    # stopped: that waits until its handlers are gone again.
     handlers = {number: signal.getsignal(number)
                 for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     try:
         import jittor
     except SystemExit:  # it has rebuilt its loader (a new compiler or Python) and wants a new start
@@ -186,6 +188,7 @@ def _import_jittor(on_cuda: bool):
                          "errors in README.md") from None
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     return jittor
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import signal
 import sys
 import time
 from typing import Callable, Iterable, Iterator
@@ -18,17 +21,75 @@ class InputError(Exception):
     """
 
 
+class Interrupted(Exception):
+    """The user stopped a script, which has left things in order; the message says how to go on."""
+
+
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's ``main``; an InputError ends it with one line on stderr and exit code 1."""
+    """Runs a script's ``main``; what it raises ends it with one line on stderr.
+
+    Exit code 1: an InputError, or no memory; 130: stopped by Ctrl-C; 141: whoever read its output
+    has gone, e.g. ``| head``.
+    """
     try:
         main()
-    except InputError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except InputError as error:
+        _end(1, f"error: {error}")
+    except MemoryError:
+        _end(1, "error: out of memory; take smaller batches or a smaller model")
+    except Interrupted as interrupted:
+        _end(130, str(interrupted))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(130, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _end(code: int, message: str) -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+class StopRequest:
+    """While it is entered, Ctrl-C, SIGTERM and SIGHUP ask for a stop instead of ending the process.
+
+    ``requested`` becomes true at the first of them; a second Ctrl-C ends the process at once.
+    ``say`` hears of the first.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self.requested = say, False
+
+    def __enter__(self) -> "StopRequest":
+        # One that is ignored, as SIGHUP under nohup, stays so.
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS
+                        if signal.getsignal(number) != signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        self._restore()
+        if self.requested and kind is RuntimeError:
+            # A terminal sends Ctrl-C to Jittor's compilers, too, and it fails without them.
+            raise Interrupted("interrupted while Jittor compiled") from None
+
+    def _request(self, *_) -> None:
+        self.requested = True
+        self._restore()
+        self._say("stopping after this micro-batch; Ctrl-C again stops at once")
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def log(message: str) -> None:
@@ -44,6 +105,8 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
         value = kind(text)
         if not value >= least:
             raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value: ..."

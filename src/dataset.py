@@ -74,11 +74,17 @@ class FTDataset:
             batch.mask[row, first:len(ids) - 1] = 1
         return batch
 
-    def batches(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, shuffled as PyTorch's DistributedSampler does."""
+    def batches(self, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch after the first ``skip``, shuffled as PyTorch's
+        DistributedSampler does."""
         order = permutation(len(self), seed + epoch)
         for start in range(0, len(order), self.batch_size):
-            yield self.batch(order[start:start + self.batch_size])
+            items = order[start:start + self.batch_size]
+            if start < skip * self.batch_size:
+                for item in items:
+                    self._sample(int(item))  # it may draw, and the later ones go on from there
+            else:
+                yield self.batch(items)
 
     def queries(self) -> list[tuple[int, ...]]:
         """Each sample's context, its last seq_len - eval_len tokens where it is longer."""

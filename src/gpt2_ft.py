@@ -13,8 +13,9 @@ from pathlib import Path
 
 import backend
 import cli
-from cli import at_least, seed, share
+from cli import InputError, at_least, seed, share
 from config import MODEL_CARDS, LoRAConfig
+from download import sha256
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,6 +80,16 @@ def parse_args() -> argparse.Namespace:
                         help="micro-batches between validations")
     output.add_argument("--save_interval", type=at_least(1), default=500,
                         help="micro-batches between checkpoints")
+    output.add_argument("--keep_last", type=at_least(1), metavar="N",
+                        help="keep only the newest N checkpoints before the last, beside "
+                             "model.best.pt, the best by validation; none: keep all")
+    output.add_argument("--state_interval", type=at_least(1), metavar="N",
+                        help="micro-batches between states to resume from; none: 100 with LoRA, "
+                             "500 without")
+    output.add_argument("--resume", nargs="?", choices=["no", "yes", "auto"], const="yes",
+                        default="no",
+                        help="go on from the newest state of a run in --work_dir that broke off; "
+                             "auto: begin anew where that run had other settings")
     backend.add_device_flag(parser)
     args = parser.parse_args()
 
@@ -95,10 +106,53 @@ def parse_args() -> argparse.Namespace:
             parser.error("--scheduler cycle: --i_steps must rise to a step above 0, with as many "
                          "--i_lrs")
         args.max_step = args.i_steps[-1]  # as in the original
+    if args.state_interval is None:
+        args.state_interval = 100 if args.lora_dim else 500
     if args.seq_len > MODEL_CARDS[args.model_card].n_positions:
         parser.error(f"--seq_len {args.seq_len}: the model has "
                      f"{MODEL_CARDS[args.model_card].n_positions} positions")
     return args
+
+
+# Flags that change neither the losses nor what is logged: a resumed run may differ in them.
+FREE_FLAGS = {"work_dir", "save_interval", "state_interval", "keep_last", "resume", "device"}
+FILE_FLAGS = ("train_data", "valid_data", "init_checkpoint", "lora_checkpoint")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """All that a run shares with the one it resumes, by flag; of a file what is in it."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    for name in FILE_FLAGS:
+        if settings[name]:
+            settings[name] = sha256(Path(settings[name]))
+    return settings
+
+
+def state_to_resume(args: argparse.Namespace, settings: dict[str, object]):
+    """The state to go on from, or None, as --resume has it; says which.
+
+    Raises InputError where a run of other settings broke off and --resume is not auto.
+    """
+    import train_state
+
+    state = train_state.newest(args.work_dir) if args.resume != "no" else None
+    if state is None:
+        if args.resume == "yes":
+            cli.log(f"{args.work_dir}: no state to resume from; starting from the beginning")
+        return None
+    name = state.differing(settings)
+    if name is None:
+        cli.log(f"resuming after step {state.counters.step}, from {state.path}")
+        return state
+    if name in FILE_FLAGS:
+        difference = f"another --{name}"
+    else:
+        difference = f"--{name} {state.settings.get(name)}, not {settings.get(name)}"
+    if args.resume == "auto":
+        cli.log(f"{state.path}: of a run with {difference}; starting from the beginning")
+        return None
+    raise InputError(f"{state.path}: of a run with {difference}; give the same, or leave out "
+                     "--resume to start anew")
 
 
 def main() -> None:
@@ -127,13 +181,16 @@ def main() -> None:
     max_step = args.max_step or args.max_epoch * train_data.num_batches
     schedule = make_schedule(args.scheduler, args.lr, args.warmup_step, max_step, args.i_steps,
                              args.i_lrs)
+    settings = settings_of(args)
     options = TrainOptions(args.work_dir, max_step, args.max_epoch, args.grad_acc, args.clip,
                            args.label_smooth, args.log_interval, args.eval_interval,
-                           args.save_interval, args.random_seed)
+                           args.save_interval, args.state_interval, args.keep_last,
+                           args.random_seed, settings)
     count = sum(p.numel() for p in trained.values())
     cli.log(f"{args.model_card}: {count:,} of {sum(p.numel() for p in model.parameters()):,} "
             f"weights train, {max_step} micro-batches of {args.train_batch_size}")
-    last = train(model, optimizer, schedule, train_data, valid_data, options, cli.log)
+    state = state_to_resume(args, settings)
+    last = train(model, optimizer, schedule, train_data, valid_data, options, cli.log, state)
     cli.log(f"saved {last}; log, metrics and loss curve beside it")
 
 

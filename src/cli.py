@@ -43,16 +43,20 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _end(130, "interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _end(141)
+    except OSError as error:  # of standard output, or what no module has put into better words
+        _end(1, f"error: {error.filename or 'standard output'}: {error.strerror or error}; check "
+                "free space and permissions")
 
 
-def _end(code: int, message: str) -> None:
+def _end(code: int, message: str = "") -> None:
+    """Ends the process, with ``message`` on stderr."""
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads it any more
+    except OSError:  # what it still holds goes nowhere, and must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -110,6 +114,19 @@ def at_least(least: float, kind: type = int) -> Callable[[str], float]:
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value: ..."
+    return parse
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """An argparse type: a number from ``least`` to ``most``."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {most}]")
+        return value
+
+    parse.__name__ = "float"
     return parse
 
 

@@ -32,10 +32,11 @@ class FTDataset:
     """
 
     def __init__(self, path: str | os.PathLike, batch_size: int, seq_len: int, eval_len: int = 0,
-                 joint_lm: bool = False, vocab_size: int = 50257):
+                 joint_lm: bool = False, vocab_size: int = 50257, n_positions: int = 1024):
         """Reads ``path``; ``joint_lm`` learns every token, else only those of the completion.
 
-        Raises InputError for a malformed file or a token id outside the vocabulary.
+        Raises InputError for a malformed file, a token id outside the vocabulary, or a context
+        longer than the model's ``n_positions``.
         """
         records = read_jsonl(path, {"context": list, "completion": list},
                              remedy="bash create_datasets.sh makes it, src/gpt2_encode.py others")
@@ -43,6 +44,9 @@ class FTDataset:
         for number, (context, completion) in enumerate(self.samples, start=1):
             if not context:
                 raise InputError(f"{path}:{number}: an empty context; encode with --add_bos")
+            if len(context) > n_positions:
+                raise InputError(f"{path}:{number}: a context of {len(context)} tokens, the model "
+                                 f"has {n_positions} positions; shorten it or remove the line")
             worst = max(context + completion)
             if worst >= vocab_size:
                 raise InputError(f"{path}:{number}: token id {worst}, the vocabulary has "
@@ -54,6 +58,15 @@ class FTDataset:
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
+
+    def cut_off(self) -> int:
+        """How many samples have their whole completion beyond ``seq_len``."""
+        return sum(len(context) >= self.seq_len for context, _ in self.samples)
+
+    def learns(self) -> bool:
+        """Whether any sample has a token to learn."""
+        return self.joint_lm or any(completion and len(context) < self.seq_len
+                                    for context, completion in self.samples)
 
     def _sample(self, item: int) -> tuple[list[int], list[int]]:
         if item >= len(self.samples):

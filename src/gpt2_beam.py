@@ -7,15 +7,16 @@ one JSON line a sample, its id and the predicted token ids, to WORK_DIR/OUTPUT_F
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
 
 import backend
 import cli
-from cli import at_least
+from cli import at_least, between
 from config import MODEL_CARDS, LoRAConfig
-from formats import write_jsonl
+from formats import replacing
 
 END_OF_TEXT = 50256
 
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 
     search = parser.add_argument_group("beam search")
     search.add_argument("--beam", type=at_least(1), default=1, help="beams a context")
-    search.add_argument("--length_penalty", type=float, default=1.0,
+    search.add_argument("--length_penalty", type=between(-10, 10), default=1.0,
                         help="a sequence scores log p / length ** length_penalty")
     search.add_argument("--no_repeat_ngram_size", type=at_least(0), default=4,
                         help="no n-gram of this size twice; 0: any")
@@ -81,18 +82,22 @@ def main() -> None:
     from dataset import FTDataset
     from model import GPT2LMModel
 
-    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len).queries()
-    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
+    card = MODEL_CARDS[args.model_card]
+    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
+                        vocab_size=card.vocab_size, n_positions=card.n_positions).queries()
+    model = GPT2LMModel(card, LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
     options = BeamOptions(args.beam, args.eval_len, args.min_length, args.length_penalty,
                           args.no_repeat_ngram_size, args.repetition_penalty,
                           frozenset(args.eos_token_id))
     started = time.perf_counter()
-    with cli.Progress(len(queries), "beam search", "sample") as bar:
-        predictions = predict(model, queries, options, args.batch_size, bar.update)
-    took = time.perf_counter() - started
     output = args.work_dir / args.output_file
-    write_jsonl(output, ({"id": i, "predict": ids} for i, ids in enumerate(predictions)))
+    with replacing(output) as file:  # opened now: a bad path fails before the search
+        with cli.Progress(len(queries), "beam search", "sample") as bar:
+            predictions = predict(model, queries, options, args.batch_size, bar.update)
+        for i, ids in enumerate(predictions):
+            file.write(f"{json.dumps({'id': i, 'predict': ids})}\n".encode("utf-8"))
+    took = time.perf_counter() - started
     cli.log(f"{len(queries)} samples ({len(set(queries))} different contexts) in {took:.1f} s, "
             f"{len(queries) / took:.2f} samples/s; saved {output}")
 

@@ -166,11 +166,19 @@ def main() -> None:
     from optimizer import AdamW, make_schedule
     from trainer import TrainOptions, train
 
+    card = MODEL_CARDS[args.model_card]
+    limits = {"vocab_size": card.vocab_size, "n_positions": card.n_positions}
     train_data = FTDataset(args.train_data, args.train_batch_size, args.seq_len,
-                           joint_lm=args.obj == "jlm")
-    valid_data = FTDataset(args.valid_data, args.valid_batch_size, args.seq_len)
-    model = GPT2LMModel(MODEL_CARDS[args.model_card],
-                        LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout))
+                           joint_lm=args.obj == "jlm", **limits)
+    valid_data = FTDataset(args.valid_data, args.valid_batch_size, args.seq_len, **limits)
+    for path, data in ((args.train_data, train_data), (args.valid_data, valid_data)):
+        if not data.learns():
+            raise InputError(f"{path}: no sample has a token of its completion within --seq_len "
+                             f"{args.seq_len}; raise it")
+        if data.cut_off():
+            cli.log(f"{path}: {data.cut_off()} of {len(data.samples)} samples lose their whole "
+                    f"completion to --seq_len {args.seq_len}; raise it to learn from them")
+    model = GPT2LMModel(card, LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint)
     if args.lora_dim:
         lora.mark_only_lora_as_trainable(model)

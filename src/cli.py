@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import nullcontext, redirect_stderr
 from typing import Callable, Iterable, Iterator
 
 from tqdm import tqdm
+
+import processes
+
+GRACE = 2.0  # seconds until another process than 0 says what is wrong
 
 
 class InputError(Exception):
@@ -29,11 +36,13 @@ def run(main: Callable[[], None]) -> None:
     """Runs a script's ``main``; what it raises ends it with one line on stderr.
 
     Exit code 1: an InputError, or no memory; 130: stopped by Ctrl-C; 141: whoever read its output
-    has gone, e.g. ``| head``.
+    has gone, e.g. ``| head``. Of several processes one that fails ends all.
     """
     try:
-        main()
-        sys.stdout.flush()
+        # The others say what process 0 says, and what only they have to say comes at the end.
+        with redirect_stderr(io.StringIO()) if processes.rank() else nullcontext():
+            main()
+            sys.stdout.flush()
     except InputError as error:
         _end(1, f"error: {error}")
     except MemoryError:
@@ -47,16 +56,30 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:  # of standard output, or what no module has put into better words
         _end(1, f"error: {error.filename or 'standard output'}: {error.strerror or error}; check "
                 "free space and permissions")
+    except SystemExit:  # --help, or a flag that is wrong in every process
+        if processes.rank():
+            time.sleep(GRACE)
+        raise
+    except BaseException:
+        if processes.world_size() == 1:
+            raise
+        # Python would wait for the other processes at its end, and they for this one.
+        _end(1, traceback.format_exc())
 
 
 def _end(code: int, message: str = "") -> None:
-    """Ends the process, with ``message`` on stderr."""
+    """Ends the process, with ``message`` on stderr, and with it all of its run."""
+    if processes.rank():
+        time.sleep(GRACE)  # it is process 0 that says what all would say
     try:
         sys.stdout.flush()
     except OSError:  # what it still holds goes nowhere, and must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print(message, file=sys.stderr)
+    if processes.world_size() > 1:
+        sys.stderr.flush()
+        os._exit(code)  # at once, whereupon mpirun ends the others
     sys.exit(code)
 
 
@@ -97,9 +120,10 @@ class StopRequest:
 
 
 def log(message: str) -> None:
-    """Prints one line, above a running progress bar if there is one."""
-    tqdm.write(message)
-    sys.stdout.flush()
+    """Prints one line, above a running progress bar if there is one; only process 0 does."""
+    if processes.rank() == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], float]:
@@ -158,7 +182,7 @@ class Progress:
         self.done, self.first, self.note = initial, None, ""
         self.started = self.spoken = time.monotonic()
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and processes.rank() == 0:
             self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial,
                             dynamic_ncols=True, file=sys.stderr)
 

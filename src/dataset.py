@@ -87,12 +87,21 @@ class FTDataset:
             batch.mask[row, first:len(ids) - 1] = 1
         return batch
 
-    def batches(self, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch after the first ``skip``, shuffled as PyTorch's
-        DistributedSampler does."""
+    def batches(self, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
+                drop_last: bool = False, skip: int = 0) -> Iterator[Batch]:
+        """An epoch's batches for process ``rank`` of ``world_size``, without the first ``skip``.
+
+        Shuffled and divided as PyTorch's DistributedSampler does: each process takes every
+        world_size-th position, the first ones again where that does not come out even.
+        ``drop_last`` leaves out a last batch that is not full.
+        """
         order = permutation(len(self), seed + epoch)
-        for start in range(0, len(order), self.batch_size):
+        share = -(-len(order) // world_size)
+        order = np.resize(order, share * world_size)[rank::world_size]
+        for start in range(0, share, self.batch_size):
             items = order[start:start + self.batch_size]
+            if drop_last and len(items) < self.batch_size:
+                return
             if start < skip * self.batch_size:
                 for item in items:
                     self._sample(int(item))  # it may draw, and the later ones go on from there

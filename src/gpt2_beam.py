@@ -10,10 +10,14 @@ import argparse
 import json
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
+
+import numpy as np
 
 import backend
 import cli
+import processes
 from cli import at_least, between
 from config import MODEL_CARDS, LoRAConfig
 from formats import replacing
@@ -90,15 +94,26 @@ def main() -> None:
     options = BeamOptions(args.beam, args.eval_len, args.min_length, args.length_penalty,
                           args.no_repeat_ngram_size, args.repetition_penalty,
                           frozenset(args.eos_token_id))
-    started = time.perf_counter()
+    # Each process searches for its share of the different contexts, long ones and short ones.
+    distinct = sorted(dict.fromkeys(queries), key=len)
+    share = set(distinct[processes.rank()::processes.world_size()])
+    mine = [i for i, query in enumerate(queries) if query in share]
+    predictions = np.zeros((len(queries), args.eval_len), np.int32)
     output = args.work_dir / args.output_file
-    with replacing(output) as file:  # opened now: a bad path fails before the search
-        with cli.Progress(len(queries), "beam search", "sample") as bar:
-            predictions = predict(model, queries, options, args.batch_size, bar.update)
-        for i, ids in enumerate(predictions):
-            file.write(f"{json.dumps({'id': i, 'predict': ids})}\n".encode("utf-8"))
+    started = time.perf_counter()
+    # Opened now: a bad path fails before the search.
+    with replacing(output) if processes.rank() == 0 else nullcontext() as file:
+        with cli.Progress(len(mine), "beam search", "sample") as bar:
+            answers = predict(model, [queries[i] for i in mine], options, args.batch_size,
+                              bar.update)
+        for i, answer in zip(mine, answers):
+            predictions[i] = answer
+        predictions = processes.total_array(predictions)
+        if file:
+            for i, ids in enumerate(predictions.tolist()):
+                file.write(f"{json.dumps({'id': i, 'predict': ids})}\n".encode("utf-8"))
     took = time.perf_counter() - started
-    cli.log(f"{len(queries)} samples ({len(set(queries))} different contexts) in {took:.1f} s, "
+    cli.log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
             f"{len(queries) / took:.2f} samples/s; saved {output}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import backend
 import cli
+import processes
 from cli import InputError, at_least, seed, share
 from config import MODEL_CARDS, LoRAConfig
 from download import sha256
@@ -120,12 +121,15 @@ FILE_FLAGS = ("train_data", "valid_data", "init_checkpoint", "lora_checkpoint")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """All that a run shares with the one it resumes, by flag; of a file what is in it."""
+    """All that a run shares with the one it resumes, by flag; of a file what is in it.
+
+    ``np`` is mpirun's flag for the number of processes.
+    """
     settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
     for name in FILE_FLAGS:
         if settings[name]:
             settings[name] = sha256(Path(settings[name]))
-    return settings
+    return {**settings, "np": processes.world_size()}
 
 
 def state_to_resume(args: argparse.Namespace, settings: dict[str, object]):
@@ -186,7 +190,8 @@ def main() -> None:
     no_decay = {name for name in trained if "bias" in name} if args.no_decay_bias else ()
     optimizer = AdamW(trained, args.adam_beta1, args.adam_beta2, args.adam_epislon,
                       args.weight_decay, args.correct_bias, frozenset(no_decay))
-    max_step = args.max_step or args.max_epoch * train_data.num_batches
+    max_step = args.max_step or -(-args.max_epoch * train_data.num_batches
+                                  // processes.world_size())
     schedule = make_schedule(args.scheduler, args.lr, args.warmup_step, max_step, args.i_steps,
                              args.i_lrs)
     settings = settings_of(args)
@@ -196,8 +201,13 @@ def main() -> None:
                            args.random_seed, settings)
     count = sum(p.numel() for p in trained.values())
     cli.log(f"{args.model_card}: {count:,} of {sum(p.numel() for p in model.parameters()):,} "
-            f"weights train, {max_step} micro-batches of {args.train_batch_size}")
+            f"weights train, {max_step} micro-batches of {args.train_batch_size}"
+            + f" in each of {processes.world_size()} processes" * (processes.world_size() > 1))
     state = state_to_resume(args, settings)
+    done = state.counters.step if state else 0
+    if processes.total_numbers(done)[0] != done * processes.world_size():
+        raise InputError(f"{args.work_dir}: the processes find different states to resume from; "
+                         "give a folder that all machines share, or leave out --resume")
     last = train(model, optimizer, schedule, train_data, valid_data, options, cli.log, state)
     cli.log(f"saved {last}; log, metrics and loss curve beside it")
 

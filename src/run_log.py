@@ -20,14 +20,16 @@ class RunLog:
 
     Both files begin anew with the run, or go on from the ``sizes`` that :meth:`sync` returned to
     the run that broke off; what it wrote after that is cut away. Raises InputError where work_dir
-    cannot be written, or lacks the beginning of the files.
+    cannot be written, or lacks the beginning of the files. Without ``write`` it does nothing.
     """
 
     def __init__(self, work_dir: Path, say: Callable[[str], None],
-                 sizes: list[int] | None = None):
-        self.work_dir, self._say = work_dir, say
+                 sizes: list[int] | None = None, write: bool = True):
+        self.work_dir, self._say, self._write = work_dir, say, write
         self.rows: list[tuple[int, float, float | None]] = []
         self._waiting = ""  # rows of metrics.csv that are not on disk yet
+        if not write:
+            return
         try:
             work_dir.mkdir(parents=True, exist_ok=True)
             # Unbuffered: what cannot be written fails at once, and nothing is left to fail later.
@@ -49,6 +51,8 @@ class RunLog:
 
     def line(self, text: str) -> None:
         """Says ``text`` and appends it to train.log; metrics.csv is on disk up to here, too."""
+        if not self._write:
+            return
         self._say(text)
         self._append(self._log, text + "\n")
         self._flush()
@@ -56,6 +60,8 @@ class RunLog:
     def metrics(self, step: int, epoch: int, lr: float, loss: float, valid_loss: float | None,
                 ms_per_batch: float) -> None:
         """One micro-batch: the learning rate it used and its loss; the validation's if it ran."""
+        if not self._write:
+            return
         self.rows.append((step, loss, valid_loss))
         valid = "" if valid_loss is None else repr(valid_loss)
         self._row((step, epoch, repr(lr), repr(loss), valid, f"{ms_per_batch:.2f}"))
@@ -72,6 +78,8 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the files and draws loss.png."""
+        if not self._write:
+            return
         self._flush()
         self._log.close()
         self._metrics.close()

@@ -30,7 +30,8 @@ SECONDS = 20  # that one example may take
 PIECES = [b"", b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"\r\n", b"\n\n", b"\t", b"||",
           b"\\", b"\\ud800", b"\\u0000", b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b" ", b"-1",
           b"|", b"1.5", b"1e999", b"NaN", b"null", b"true", b"50256", b"50257", b"9" * 30,
-          b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b'"context"', b'"id"', b"PK\x03\x04", b"\x80\x02", b"}R."]
+          b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b'"context"', b'"id"',
+          b"PK\x03\x04", b"\x80\x02", b"}R."]
 
 
 def fuzz(*strategies, examples: int):

@@ -6,19 +6,16 @@ tries that many new ones of each kind.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
 import os
 import pickle
-import signal
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +23,6 @@ import cli
 import torch_file
 
 NIGHTLY = int(os.environ.get("FUZZ_EXAMPLES", 0))
-SECONDS = 20  # that one example may take
 PIECES = [b"", b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"\r\n", b"\n\n", b"\t", b"||",
           b"\\", b"\\ud800", b"\\u0000", b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b" ", b"-1",
           b"|", b"1.5", b"1e999", b"NaN", b"null", b"true", b"50256", b"50257", b"9" * 30,
@@ -82,7 +78,7 @@ class Stage:
         for output in self.outputs:
             (self.folder / output).write_bytes(b"old")
         before = {path.name for path in self.folder.iterdir()}
-        code, said = run(self.main, self.flags)
+        code, said = run_main(self.main, self.flags)
         assert code in (0, 1), said
         lines = said.splitlines()
         assert code == 0 or (len(lines) == 1 and lines[0].startswith("error: ")), said
@@ -92,27 +88,6 @@ class Stage:
             assert (after[output].read_bytes() == b"old") == (code != 0)
         assert not [part for part in after if part.endswith(".part")]
         return code
-
-
-def run(main, flags) -> tuple[int, str]:
-    """(exit code, stderr) of a script's ``main``."""
-    def too_slow(*_):
-        raise AssertionError(f"no end after {SECONDS} s")
-
-    said, argv = io.StringIO(), sys.argv
-    before = signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(SECONDS)
-    try:
-        sys.argv = ["script", *map(str, flags)]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            cli.run(main)
-        return 0, said.getvalue()
-    except SystemExit as end:
-        return end.code, said.getvalue()
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        sys.argv = argv
 
 
 def jsonl(*records) -> bytes:
@@ -237,18 +212,6 @@ def test_weights(weight_files, damaged, name):
 
 
 @pytest.fixture(scope="module")
-def tiny(jittor):
-    """A model card of a few thousand weights; scripts find Jittor started."""
-    import backend
-    from config import MODEL_CARDS, GPT2Config
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODEL_CARDS, "gpt2.nano", GPT2Config(1, 8, 2, 97, 32))
-        patch.setattr(backend, "start", lambda *_: jittor.set_global_seed(1))
-        yield
-
-
-@pytest.fixture(scope="module")
 def train(tmp_path_factory, tiny):
     folder = tmp_path_factory.mktemp("train")
     flags = ["--train_data", folder / "train.jsonl", "--valid_data", folder / "valid.jsonl",
@@ -257,7 +220,7 @@ def train(tmp_path_factory, tiny):
              "--log_interval", 1, "--lr", 0.01, "--work_dir", folder / "out"]
     (folder / "train.jsonl").write_bytes(ENCODED)
     (folder / "valid.jsonl").write_bytes(ENCODED)
-    assert run(importlib.import_module("gpt2_ft").main, [*flags, "--lora_dim", 0])[0] == 0
+    assert run_main(importlib.import_module("gpt2_ft").main, [*flags, "--lora_dim", 0])[0] == 0
     base = (folder / "out" / "model.4.pt").read_bytes()
     files = {"train.jsonl": ENCODED, "valid.jsonl": ENCODED, "base.pt": base}
     return folder, files, [*flags, "--lora_dim", 2, "--init_checkpoint", folder / "base.pt"]
@@ -276,7 +239,7 @@ def test_train(train, damaged, name):
     clear(folder / "out")
     for other, content in {**files, name: damaged(files[name])}.items():
         (folder / other).write_bytes(content)
-    code, said = run(importlib.import_module("gpt2_ft").main, flags)
+    code, said = run_main(importlib.import_module("gpt2_ft").main, flags)
     assert code in (0, 1)
     if code == 0:
         assert (folder / "out" / "model.4.pt").is_file()
@@ -295,11 +258,11 @@ def test_resume(train, damaged, name):
         (folder / other).write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.checkpoint, "save_model", broken)
-        assert run(importlib.import_module("gpt2_ft").main, flags)[0] == 1
+        assert run_main(importlib.import_module("gpt2_ft").main, flags)[0] == 1
     (folder / "out" / "resume.3.pt").unlink()
     path = folder / "out" / name
     path.write_bytes(damaged(path.read_bytes()))
-    code, said = run(importlib.import_module("gpt2_ft").main, [*flags, "--resume"])
+    code, said = run_main(importlib.import_module("gpt2_ft").main, [*flags, "--resume"])
     assert code in (0, 1)
     if code == 0:
         assert (folder / "out" / "model.4.pt").is_file()

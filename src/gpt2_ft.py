@@ -163,6 +163,8 @@ def main() -> None:
     args = parse_args()
     backend.start(args.device, args.random_seed)
     # Jittor, and all that needs it, only now: see backend.
+    import jittor as jt
+
     import checkpoint
     import loralib as lora
     from dataset import FTDataset
@@ -184,6 +186,7 @@ def main() -> None:
                     f"completion to --seq_len {args.seq_len}; raise it to learn from them")
     model = GPT2LMModel(card, LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint)
+    jt.sync_all()  # random weights are drawn here, also those that a state is to replace
     if args.lora_dim:
         lora.mark_only_lora_as_trainable(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

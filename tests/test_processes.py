@@ -162,18 +162,20 @@ def test_two_processes_resume(root, data, trained, tmp_path):
 @needs_mpi
 def test_predictions_of_two_processes(root, data, trained, tmp_path):
     lines = (data / "valid.jsonl").read_text().splitlines()
-    for name, chosen in (("some", [*lines, lines[0]]), ("single", lines[:1])):
+
+    def predict(chosen, processes):
         (tmp_path / "test.jsonl").write_text("\n".join(chosen) + "\n")
-        files = []
-        for processes in (1, 2):
-            files.append(tmp_path / f"{name}{processes}.jsonl")
-            finish(start(root, "src/gpt2_beam.py", "--data", tmp_path / "test.jsonl", "--seq_len",
-                         12, "--eval_len", 4, "--model_card", "gpt2.nano", "--init_checkpoint",
-                         trained[2][0] / "model.8.pt", "--lora_dim", 2, "--lora_alpha", 8,
-                         "--beam", 3, "--batch_size", 2, "--work_dir", tmp_path, "--output_file",
-                         files[-1].name, "--device", "cpu", processes=processes))
-        assert files[0].read_bytes() == files[1].read_bytes()
-        assert len(files[0].read_text().splitlines()) == len(chosen)
+        finish(start(root, "src/gpt2_beam.py", "--data", tmp_path / "test.jsonl", "--seq_len",
+                     12, "--eval_len", 4, "--model_card", "gpt2.nano", "--init_checkpoint",
+                     trained[2][0] / "model.8.pt", "--lora_dim", 2, "--lora_alpha", 8, "--beam",
+                     3, "--batch_size", 2, "--work_dir", tmp_path, "--output_file", "out.jsonl",
+                     "--device", "cpu", processes=processes))
+        return (tmp_path / "out.jsonl").read_text().splitlines()
+
+    alone = predict([*lines, lines[0]], processes=1)
+    assert [json.loads(line)["id"] for line in alone] == list(range(9))
+    assert predict([*lines, lines[0]], processes=2) == alone
+    assert predict(lines[:1], processes=2) == alone[:1]  # nothing for the second to do
 
 
 @needs_mpi
@@ -194,11 +196,10 @@ def test_a_process_that_dies_ends_all(root, data, tmp_path):
     for line in process.stdout:
         if line.startswith("| epoch"):
             break
-    found = subprocess.run(["pgrep", "-f", f"src/gpt2_ft.py.*{tmp_path}"], capture_output=True,
-                           text=True).stdout.split()
-    children = [pid for pid in map(int, found) if pid != process.pid]
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                              text=True).stdout.split()
     assert len(children) == 2
-    os.kill(max(children), signal.SIGKILL)
+    os.kill(max(map(int, children)), signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
 

@@ -218,3 +218,32 @@ def test_an_error_in_one_process_alone_is_told(root):
              "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}, capture_output=True, text=True)
     assert process.returncode == 1 and "error: only here" in process.stderr
     assert time.monotonic() - began < 60
+
+
+def test_one_process_has_nothing_to_do_with_mpi(root, tmp_path):
+    """An mpicc on the PATH is not even asked, and no MPI library is loaded."""
+    stub = tmp_path / "mpicc"
+    stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nexit 1\n")
+    stub.chmod(0o755)
+    code = ("import backend; backend.start('cpu')\n"
+            "import jittor; assert not jittor.in_mpi\n"
+            "assert 'libmpi' not in open('/proc/self/maps').read()\n")
+    environment = {name: value for name, value in os.environ.items() if name != "use_mpi"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**environment, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+             "PYTHONPATH": str(root / "src")})
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "asked").exists()
+
+
+def test_mpirun_without_a_compiler_for_it(root, tmp_path):
+    (tmp_path / "g++").symlink_to(shutil.which("g++"))
+    code = "import cli, backend; cli.run(lambda: backend.start('cpu'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(root / "src"),
+             "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"})
+    assert done.returncode == 1
+    assert done.stderr == ("error: mpicc not found, Jittor compiles its part of MPI with it; "
+                           "apt-get install openmpi-bin libopenmpi-dev\n")

@@ -3,7 +3,8 @@
 # requirement.txt. Takes about a minute the first time, a few milliseconds from then on.
 #
 # It uses the virtual or conda environment that is active, else makes .venv beside this file.
-# Compiler and Java are installed through apt-get where we are root, else named.
+# Compiler and Java, and Open MPI where NPROC asks for several processes, are installed through
+# apt-get where we are root, else named.
 
 set -euo pipefail
 
@@ -124,6 +125,9 @@ setup_main() {
     python="$setup_environment/bin/python"
     command -v g++ > /dev/null || need+=(g++)
     command -v java > /dev/null || need+=(default-jre-headless)
+    if (( ${NPROC:-1} > 1 )) && ! { command -v mpirun && command -v mpicc; } > /dev/null; then
+        need+=(openmpi-bin libopenmpi-dev)
+    fi
     if ! "$python" -c "" 2> /dev/null; then  # not made yet, or its Python has gone since
         base="$(setup_find_python)"
         [[ -n "$base" ]] || need+=(python3 python3-dev python3-venv)

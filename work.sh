@@ -5,6 +5,7 @@
 #   bash work.sh demo     the same in small on data and a base model made here; needs no download
 #
 # Every variable below can be set in the environment, e.g. MODEL_CARD=gpt2.md bash work.sh.
+# A training run that broke off is continued where it stopped; RESUME=no begins it anew.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -43,6 +44,20 @@ SEED="${SEED:-2025}"
 LOG_INTERVAL="${LOG_INTERVAL:-100}"
 LORA_DIM="${LORA_DIM:-4}"
 LORA_ALPHA="${LORA_ALPHA:-32}"
+RESUME="${RESUME:-auto}"  # auto, yes (refuse a run of other settings) or no
+export NPROC="${NPROC:-1}"  # processes that share training and beam search, see setup.sh
+MPI_FLAGS="${MPI_FLAGS:-}"  # more flags of mpirun, e.g. --hostfile FILE
+
+launch() {  # SCRIPT FLAG...
+    if (( NPROC == 1 )); then
+        python "$@"
+        return
+    fi
+    local flags=(--quiet -np "$NPROC" --bind-to none)
+    [[ "$(id -u)" != 0 ]] || flags+=(--allow-run-as-root)
+    # shellcheck disable=SC2086  # several flags
+    mpirun "${flags[@]}" $MPI_FLAGS python "$@"
+}
 
 need() {  # FILE COMMAND_THAT_MAKES_IT
     if [[ ! -f "$1" ]]; then
@@ -52,7 +67,7 @@ need() {  # FILE COMMAND_THAT_MAKES_IT
 }
 
 fine_tune() {  # BASE_CHECKPOINT
-    python src/gpt2_ft.py \
+    launch src/gpt2_ft.py \
         --train_data "$DATA/train.jsonl" \
         --valid_data "$DATA/valid.jsonl" \
         --train_batch_size "$BATCH_SIZE" \
@@ -76,11 +91,12 @@ fine_tune() {  # BASE_CHECKPOINT
         --log_interval "$LOG_INTERVAL" \
         --work_dir "$WORK_DIR" \
         --random_seed "$SEED" \
+        --resume "$RESUME" \
         --device "$DEVICE"
 }
 
 generate() {  # CHECKPOINT LORA_DIM OUTPUT_FILE
-    python src/gpt2_beam.py \
+    launch src/gpt2_beam.py \
         --data "$DATA/test.jsonl" \
         --batch_size "$BEAM_BATCH_SIZE" \
         --seq_len 64 \
@@ -112,9 +128,14 @@ score() {  # REFERENCES TEXT
     python eval/e2e/measure_scores.py "$1" "$2" -p
 }
 
+score_to() {  # SCORES_OUT REFERENCES TEXT
+    score "$2" "$3" > "$1.part"
+    mv "$1.part" "$1"
+}
+
 # The checkpoint that training wrote last: its step depends on the data and the epochs.
 last_checkpoint() {  # FOLDER
-    find "$1" -maxdepth 1 -name 'model.*.pt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-
+    find "$1" -maxdepth 1 -name 'model.[0-9]*.pt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-
 }
 
 run_e2e() {
@@ -167,13 +188,13 @@ run_demo() {
     generate "$(last_checkpoint "$WORK_DIR")" "$LORA_DIM" lora.jsonl
     decode "$WORK_DIR/base.jsonl" "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt"
     decode "$WORK_DIR/lora.jsonl" "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt"
-    score "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt" > "$WORK_DIR/base_scores.txt"
-    score "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt" > "$WORK_DIR/lora_scores.txt"
+    score_to "$WORK_DIR/base_scores.txt" "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt"
+    score_to "$WORK_DIR/lora_scores.txt" "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt"
     python data/demo/report.py "$DATA/test_formatted.jsonl" "$WORK_DIR"
 }
 
 pretrain() {
-    python src/gpt2_ft.py \
+    launch src/gpt2_ft.py \
         --train_data "$DATA/base_train.jsonl" \
         --valid_data "$DATA/base_valid.jsonl" \
         --train_batch_size 4 \
@@ -191,6 +212,7 @@ pretrain() {
         --save_interval 100000 \
         --work_dir "$WORK_DIR/base" \
         --random_seed "$SEED" \
+        --resume "$RESUME" \
         --device "$DEVICE"
 }
 

@@ -20,6 +20,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import processes
 from cli import InputError, log
 
 ONEDNN_WHEELS = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
@@ -87,7 +88,7 @@ def start(device: str = "auto", seed: int | None = None) -> str:
         jt.code((1,), "int32", [], cpu_header=_MUFFLER, cpu_src="muffle(); @out(0) = 1;").sync()
     jt.flags.use_cuda = int(nvcc is not None)
     if seed is not None:
-        jt.set_global_seed(seed)
+        jt.set_global_seed(seed, different_seed_for_mpi=False)  # all begin with the same weights
     log(f"device: CUDA ({nvcc})" if nvcc else f"device: CPU ({obstacle})")
     return "cuda" if nvcc else "cpu"
 
@@ -130,6 +131,7 @@ def _prepare_environment(nvcc: str | None) -> None:
     config = Path(sys.executable).resolve().with_name(config)
     if config.is_file():
         os.environ.setdefault("python_config_path", str(config))
+    _prepare_mpi()
     # No cuDNN, cuFFT, cuSPARSE: GPT-2 needs none of them.
     os.environ["conv_opt"] = "1"
     # Informations and warnings of Jittor; its errors still show.
@@ -137,6 +139,19 @@ def _prepare_environment(nvcc: str | None) -> None:
     # Jittor names its cache after the git branch it stands in, and would compile anew on each.
     os.environ.setdefault("cache_name", "default")
     os.environ.setdefault("use_mkl", "1" if _provide_onednn() else "0")
+
+
+def _prepare_mpi() -> None:
+    os.environ["use_mpi"] = "1" if processes.started_by_mpirun() else "0"
+    if not processes.started_by_mpirun():
+        return  # nothing of MPI is looked for, compiled or loaded
+    if not shutil.which(os.environ.get("mpicc_path", "mpicc")):
+        raise InputError("mpicc not found, Jittor compiles its part of MPI with it; "
+                         "apt-get install openmpi-bin libopenmpi-dev")
+    # Each process would take all cores. Where mpirun has bound it to some, OpenMP knows.
+    cores = len(os.sched_getaffinity(0))
+    if cores == os.cpu_count():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes.local_size())))
 
 
 def _provide_onednn() -> bool:
@@ -173,9 +188,11 @@ def _import_jittor(on_cuda: bool):
     pattern = "*/jittor_core*.so" if on_cuda else "jittor_core*.so"
     if not any(Path(jittor_utils.cache_path).glob(pattern)):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")
-    # Jittor would end this process when Ctrl-C is pressed or any child of ours is killed.
+    # Jittor would end this process when Ctrl-C is pressed or any child of ours is killed, or only
+    # stopped: that waits until its handlers are gone again.
     handlers = {number: signal.getsignal(number)
                 for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     try:
         import jittor
     except SystemExit:  # it has rebuilt its loader (a new compiler or Python) and wants a new start
@@ -186,6 +203,7 @@ def _import_jittor(on_cuda: bool):
                          "errors in README.md") from None
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     return jittor
 
 

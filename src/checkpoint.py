@@ -10,6 +10,7 @@ import jittor as jt
 import numpy as np
 
 import loralib as lora
+import safetensors_header
 import torch_file
 from cli import InputError
 from model import GPT2LMModel
@@ -68,6 +69,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     import safetensors
     import safetensors.numpy
 
+    safetensors_header.check(path)
     try:
         try:
             return safetensors.numpy.load_file(path)

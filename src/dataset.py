@@ -32,10 +32,11 @@ class FTDataset:
     """
 
     def __init__(self, path: str | os.PathLike, batch_size: int, seq_len: int, eval_len: int = 0,
-                 joint_lm: bool = False, vocab_size: int = 50257):
+                 joint_lm: bool = False, vocab_size: int = 50257, n_positions: int = 1024):
         """Reads ``path``; ``joint_lm`` learns every token, else only those of the completion.
 
-        Raises InputError for a malformed file or a token id outside the vocabulary.
+        Raises InputError for a malformed file, a token id outside the vocabulary, or a context
+        longer than the model's ``n_positions``.
         """
         records = read_jsonl(path, {"context": list, "completion": list},
                              remedy="bash create_datasets.sh makes it, src/gpt2_encode.py others")
@@ -43,6 +44,9 @@ class FTDataset:
         for number, (context, completion) in enumerate(self.samples, start=1):
             if not context:
                 raise InputError(f"{path}:{number}: an empty context; encode with --add_bos")
+            if len(context) > n_positions:
+                raise InputError(f"{path}:{number}: a context of {len(context)} tokens, the model "
+                                 f"has {n_positions} positions; shorten it or remove the line")
             worst = max(context + completion)
             if worst >= vocab_size:
                 raise InputError(f"{path}:{number}: token id {worst}, the vocabulary has "
@@ -54,6 +58,15 @@ class FTDataset:
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
+
+    def cut_off(self) -> int:
+        """How many samples have their whole completion beyond ``seq_len``."""
+        return sum(len(context) >= self.seq_len for context, _ in self.samples)
+
+    def learns(self) -> bool:
+        """Whether any sample has a token to learn."""
+        return self.joint_lm or any(completion and len(context) < self.seq_len
+                                    for context, completion in self.samples)
 
     def _sample(self, item: int) -> tuple[list[int], list[int]]:
         if item >= len(self.samples):
@@ -74,11 +87,26 @@ class FTDataset:
             batch.mask[row, first:len(ids) - 1] = 1
         return batch
 
-    def batches(self, seed: int, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, shuffled as PyTorch's DistributedSampler does."""
+    def batches(self, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
+                drop_last: bool = False, skip: int = 0) -> Iterator[Batch]:
+        """An epoch's batches for process ``rank`` of ``world_size``, without the first ``skip``.
+
+        Shuffled and divided as PyTorch's DistributedSampler does: each process takes every
+        world_size-th position, the first ones again where that does not come out even.
+        ``drop_last`` leaves out a last batch that is not full.
+        """
         order = permutation(len(self), seed + epoch)
-        for start in range(0, len(order), self.batch_size):
-            yield self.batch(order[start:start + self.batch_size])
+        share = -(-len(order) // world_size)
+        order = np.resize(order, share * world_size)[rank::world_size]
+        for start in range(0, share, self.batch_size):
+            items = order[start:start + self.batch_size]
+            if drop_last and len(items) < self.batch_size:
+                return
+            if start < skip * self.batch_size:
+                for item in items:
+                    self._sample(int(item))  # it may draw, and the later ones go on from there
+            else:
+                yield self.batch(items)
 
     def queries(self) -> list[tuple[int, ...]]:
         """Each sample's context, its last seq_len - eval_len tokens where it is longer."""

@@ -108,7 +108,8 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of ``path`` when the block ends well.
 
     It is written beside its place, synced and renamed: a crash, a full disk or an error in the
-    block leaves the old file untouched. Raises InputError where the place cannot be written.
+    block leaves the old file untouched. What a process that was killed left beside it is cleared
+    away. Raises InputError where the place cannot be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -116,14 +117,43 @@ def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_parts(path.parent)
         try:
             with open(beside, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
+            _sync_folder(path.parent)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}; free some space "
                          "or choose another folder") from None
+
+
+def _clear_parts(folder: Path) -> None:
+    """Removes the half-written files of processes that are gone."""
+    for part in folder.glob(".*.part"):
+        match = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
+        if match and not _alive(int(match[1])):
+            part.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Brings a folder's names to the disk, so that a power cut cannot take back a renaming."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

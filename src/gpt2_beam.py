@@ -7,15 +7,20 @@ one JSON line a sample, its id and the predicted token ids, to WORK_DIR/OUTPUT_F
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
+
+import numpy as np
 
 import backend
 import cli
-from cli import at_least
+import processes
+from cli import at_least, between
 from config import MODEL_CARDS, LoRAConfig
-from formats import write_jsonl
+from formats import replacing
 
 END_OF_TEXT = 50256
 
@@ -43,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
     search = parser.add_argument_group("beam search")
     search.add_argument("--beam", type=at_least(1), default=1, help="beams a context")
-    search.add_argument("--length_penalty", type=float, default=1.0,
+    search.add_argument("--length_penalty", type=between(-10, 10), default=1.0,
                         help="a sequence scores log p / length ** length_penalty")
     search.add_argument("--no_repeat_ngram_size", type=at_least(0), default=4,
                         help="no n-gram of this size twice; 0: any")
@@ -81,20 +86,35 @@ def main() -> None:
     from dataset import FTDataset
     from model import GPT2LMModel
 
-    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len).queries()
-    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
+    card = MODEL_CARDS[args.model_card]
+    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
+                        vocab_size=card.vocab_size, n_positions=card.n_positions).queries()
+    model = GPT2LMModel(card, LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
     model.pack_weights()
     options = BeamOptions(args.beam, args.eval_len, args.min_length, args.length_penalty,
                           args.no_repeat_ngram_size, args.repetition_penalty,
                           frozenset(args.eos_token_id))
-    started = time.perf_counter()
-    with cli.Progress(len(queries), "beam search", "sample") as bar:
-        predictions = predict(model, queries, options, args.batch_size, bar.update)
-    took = time.perf_counter() - started
+    # Each process searches for its share of the different contexts, long ones and short ones.
+    distinct = sorted(dict.fromkeys(queries), key=len)
+    share = set(distinct[processes.rank()::processes.world_size()])
+    mine = [i for i, query in enumerate(queries) if query in share]
+    predictions = np.zeros((len(queries), args.eval_len), np.int32)
     output = args.work_dir / args.output_file
-    write_jsonl(output, ({"id": i, "predict": ids} for i, ids in enumerate(predictions)))
-    cli.log(f"{len(queries)} samples ({len(set(queries))} different contexts) in {took:.1f} s, "
+    started = time.perf_counter()
+    # Opened now: a bad path fails before the search.
+    with replacing(output) if processes.rank() == 0 else nullcontext() as file:
+        with cli.Progress(len(mine), "beam search", "sample") as bar:
+            answers = predict(model, [queries[i] for i in mine], options, args.batch_size,
+                              bar.update)
+        for i, answer in zip(mine, answers):
+            predictions[i] = answer
+        predictions = processes.total_array(predictions)
+        if file:
+            for i, ids in enumerate(predictions.tolist()):
+                file.write(f"{json.dumps({'id': i, 'predict': ids})}\n".encode("utf-8"))
+    took = time.perf_counter() - started
+    cli.log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
             f"{len(queries) / took:.2f} samples/s; saved {output}")
 
 

@@ -11,6 +11,7 @@ several predictions for a group the last counts.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -134,6 +135,8 @@ def write_together(files: dict[Path, list[str]]) -> None:
         for path, lines in files.items():
             file = stack.enter_context(replacing(path))
             file.writelines(f"{line}\n".encode("utf-8") for line in lines)
+            file.flush()  # a disk that is full says so before the first takes its place
+            os.fsync(file.fileno())
 
 
 def count(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from pathlib import Path
 from typing import Callable
 
@@ -11,46 +12,112 @@ from cli import InputError
 from formats import replacing
 
 COLUMNS = ("step", "epoch", "lr", "loss", "valid_loss", "ms_per_batch")
+FILES = ("train.log", "metrics.csv")
 
 
 class RunLog:
     """Log lines on screen and in WORK_DIR/train.log, one row a micro-batch in metrics.csv.
 
-    Both files begin anew with the run. Raises InputError where work_dir cannot be written.
+    Both files begin anew with the run, or go on from the ``sizes`` that :meth:`sync` returned to
+    the run that broke off; what it wrote after that is cut away. Raises InputError where work_dir
+    cannot be written, or lacks the beginning of the files. Without ``write`` it does nothing.
     """
 
-    def __init__(self, work_dir: Path, say: Callable[[str], None]):
-        self.work_dir, self._say, self.rows = work_dir, say, []
+    def __init__(self, work_dir: Path, say: Callable[[str], None],
+                 sizes: list[int] | None = None, write: bool = True):
+        self.work_dir, self._say, self._write = work_dir, say, write
+        self.rows: list[tuple[int, float, float | None]] = []
+        self._waiting = ""  # rows of metrics.csv that are not on disk yet
+        if not write:
+            return
         try:
             work_dir.mkdir(parents=True, exist_ok=True)
-            self._log = open(work_dir / "train.log", "w", encoding="utf-8")
-            self._metrics = open(work_dir / "metrics.csv", "w", encoding="utf-8", newline="")
+            # Unbuffered: what cannot be written fails at once, and nothing is left to fail later.
+            self._log, self._metrics = (
+                open(work_dir / name, "wb" if sizes is None else "r+b", buffering=0)
+                for name in FILES)
+            for file, size in zip((self._log, self._metrics), sizes or (0, 0)):
+                if os.fstat(file.fileno()).st_size < size:
+                    raise InputError(f"{file.name}: shorter than when the run broke off; put it "
+                                     "back, or leave out --resume to start anew")
+                file.truncate(size)
+                file.seek(size)
         except OSError as error:
-            raise InputError(f"{work_dir}: cannot be written: {error.strerror}; choose another "
-                             "--work_dir") from None
-        self._csv = csv.writer(self._metrics, lineterminator="\n")
-        self._csv.writerow(COLUMNS)
+            raise self._unwritable(error) from None
+        if sizes is None:
+            self._row(COLUMNS)
+        else:
+            self._read_rows()
 
     def line(self, text: str) -> None:
         """Says ``text`` and appends it to train.log; metrics.csv is on disk up to here, too."""
+        if not self._write:
+            return
         self._say(text)
-        self._log.write(text + "\n")
-        self._log.flush()
-        self._metrics.flush()
+        self._append(self._log, text + "\n")
+        self._flush()
 
     def metrics(self, step: int, epoch: int, lr: float, loss: float, valid_loss: float | None,
                 ms_per_batch: float) -> None:
         """One micro-batch: the learning rate it used and its loss; the validation's if it ran."""
+        if not self._write:
+            return
         self.rows.append((step, loss, valid_loss))
         valid = "" if valid_loss is None else repr(valid_loss)
-        self._csv.writerow((step, epoch, repr(lr), repr(loss), valid, f"{ms_per_batch:.2f}"))
+        self._row((step, epoch, repr(lr), repr(loss), valid, f"{ms_per_batch:.2f}"))
+
+    def sync(self) -> list[int]:
+        """Brings both files to the disk and returns their sizes in bytes."""
+        self._flush()
+        try:
+            for file in (self._log, self._metrics):
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from None
+        return [file.tell() for file in (self._log, self._metrics)]
 
     def close(self) -> None:
         """Closes the files and draws loss.png."""
+        if not self._write:
+            return
+        self._flush()
         self._log.close()
         self._metrics.close()
         if self.rows:
             draw_losses(self.work_dir / "loss.png", self.rows)
+
+    def _row(self, values: tuple) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(values)
+        self._waiting += text.getvalue()
+
+    def _flush(self) -> None:
+        self._append(self._metrics, self._waiting)
+        self._waiting = ""
+
+    def _append(self, file: io.FileIO, text: str) -> None:
+        rest = memoryview(text.encode("utf-8"))
+        try:
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[file.write(rest):]
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _read_rows(self) -> None:
+        """The rows of the run so far, for the curve."""
+        path = self.work_dir / "metrics.csv"
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    self.rows.append((int(row["step"]), float(row["loss"]),
+                                      float(row["valid_loss"]) if row["valid_loss"] else None))
+        except (ValueError, KeyError, TypeError, csv.Error):
+            raise InputError(f"{path}: not as the run left it that broke off; put it back, or "
+                             "leave out --resume to start anew") from None
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(f"{self.work_dir}: cannot be written: {error.strerror or error}; free "
+                          "some space or choose another --work_dir")
 
 
 def draw_losses(path: Path, rows: list[tuple[int, float, float | None]]) -> None:

@@ -6,9 +6,12 @@ process and PyTorch, with which it can clash, in one of its own (torch_side.py).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +111,41 @@ def small_model(jittor):
         return model
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tiny(jittor):
+    """Makes gpt2.nano a model of a few thousand weights, which scripts in this process train."""
+    import backend
+    from config import MODEL_CARDS, GPT2Config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODEL_CARDS, "gpt2.nano", GPT2Config(2, 8, 2, 97, 32))
+        patch.setattr(backend, "start", lambda device, seed=1: jittor.set_global_seed(seed))
+        yield
+
+
+def run_main(main, flags, seconds: int = 300) -> tuple[int, str]:
+    """(exit code, stderr) of a script's ``main``, run in this process as a shell would."""
+    import cli
+
+    def too_slow(*_):
+        raise AssertionError(f"no end after {seconds} s")
+
+    said, argv = io.StringIO(), sys.argv
+    before = signal.signal(signal.SIGALRM, too_slow)
+    signal.alarm(seconds)
+    try:
+        sys.argv = ["script", *map(str, flags)]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            cli.run(main)
+        return 0, said.getvalue()
+    except SystemExit as end:
+        return end.code, said.getvalue()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        sys.argv = argv
 
 
 def weights_of(model) -> dict[str, np.ndarray]:

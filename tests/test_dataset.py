@@ -122,6 +122,26 @@ def test_error_names_file_line_and_remedy(tmp_path, line, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_context_longer_than_the_model(encoded):
+    path = encoded([([1], [2]), ([1] * 1025, [2])])
+    with pytest.raises(InputError, match=r":2: a context of 1025 tokens, .* 1024 positions; "):
+        FTDataset(path, 2, 8)
+    assert len(FTDataset(encoded([([1] * 1024, [2])]), 1, 8)) == 1
+
+
+@pytest.mark.parametrize("samples, cut, learns", [
+    ([([1] * 7, [2]), ([1] * 8, [2]), ([1] * 9, [2])], 2, True),  # at 8 tokens
+    ([([1] * 8, [2]), ([1] * 20, [2, 3])], 2, False),
+    ([([1], [])], 0, False),
+])
+def test_completions_that_are_cut_off(encoded, samples, cut, learns):
+    path = encoded(samples)
+    data = FTDataset(path, 1, 8)
+    assert (data.cut_off(), data.learns()) == (cut, learns)
+    assert learns == any(batch.mask.any() for batch in data.batches(1, 1))
+    assert FTDataset(path, 1, 8, joint_lm=True).learns()
+
+
 def test_missing_and_empty_file(tmp_path):
     with pytest.raises(InputError, match="no such file; bash create_datasets.sh"):
         FTDataset(tmp_path / "none.jsonl", 2, 8)

@@ -2,12 +2,15 @@
 
 import json
 import re
+import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import gpt2_decode as stage
+from cli import InputError
 
 END, EMPTY_LINE = 50256, 628
 
@@ -224,3 +227,23 @@ def test_standard_tokenize_splits_at_every_character_that_is_no_word():
         assert stage.standard_tokenize(text) == " ".join(" ".join(re.split(r"(\W)", text)).split())
 
     check()
+
+
+def test_a_full_disk_replaces_none_of_several_files(tmp_path):
+    """The first would fit; a limit on the size of files plays the disk."""
+    files = {tmp_path / "ref.txt": ["new"], tmp_path / "pred.txt": ["new" * 1000]}
+    for path in files:
+        path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(InputError, match="pred.txt: cannot be written: File too large; "):
+            stage.write_together(files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "ref.txt": "old", "pred.txt": "old"}
+    stage.write_together(files)
+    assert (tmp_path / "ref.txt").read_text() == "new\n"

@@ -118,7 +118,8 @@ def test_metrics_have_a_row_a_micro_batch(trained):
 def test_checkpoints(trained, base):
     _, folder = trained
     assert sorted(path.name for path in folder.iterdir()) == [
-        "loss.png", "metrics.csv", "model.10.pt", "model.12.pt", "model.5.pt", "train.log"]
+        "loss.png", "metrics.csv", "model.10.pt", "model.12.pt", "model.5.pt", "model.best.pt",
+        "train.log"]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     first, last, frozen = (weights(path) for path in
                            (folder / "model.5.pt", folder / "model.12.pt", base))
@@ -188,6 +189,20 @@ def test_token_outside_the_vocabulary(root, data, tmp_path):
     fails(train(root, data, tmp_path / "out", "--train_data", bad), f"{bad}:2:", "50257", "vocab")
 
 
+def test_completions_beyond_seq_len(root, data, base, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"context": [1, 2, 3, 4], "completion": [5]}\n')
+    fails(train(root, data, tmp_path / "out", "--train_data", bad, "--seq_len", 4),
+          f"{bad}: no sample", "--seq_len 4")
+    fails(train(root, data, tmp_path / "out", "--valid_data", bad, "--seq_len", 4), f"{bad}: no")
+    assert not (tmp_path / "out").exists()
+    bad.write_text(bad.read_text() + '{"context": [1, 2], "completion": [5]}\n')
+    done = train(root, data, tmp_path / "out", "--train_data", bad, "--valid_data", bad,
+                 "--seq_len", 4, "--max_step", 1, "--init_checkpoint", base)
+    assert done.returncode == 0, done.stderr
+    assert f"{bad}: 1 of 2 samples lose their whole completion to --seq_len 4; " in done.stdout
+
+
 def test_lora_alone_as_init_checkpoint(root, data, trained, tmp_path):
     fails(train(root, data, tmp_path, "--init_checkpoint", trained[1] / "model.5.pt"),
           trained[1] / "model.5.pt", "--lora_checkpoint")
@@ -220,6 +235,7 @@ def test_work_dir_that_is_a_file(root, data, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--fp16"], ["--seq_len", "1025"], ["--lora_dropout", "1"], ["--grad_acc", "0"],
     ["--scheduler", "cycle"], ["--scheduler", "cycle", "--i_steps", "0,x"], ["--lr", "-1"],
+    ["--lr", "inf"], ["--lr", "nan"], ["--resume", "maybe"], ["--keep_last", "0"],
 ])
 def test_wrong_flags(root, data, tmp_path, flags):
     done = train(root, data, tmp_path / "out", *flags)
@@ -282,6 +298,7 @@ def test_beam_search_refuses(root, data, base, trained, tmp_path):
     fails(beam("--init_checkpoint", base, "--data", tmp_path / "none.jsonl"), "none.jsonl")
     assert beam("--init_checkpoint", base, "--eval_len", 24).returncode == 2
     assert beam("--init_checkpoint", base, "--beam", 50258).returncode == 2
+    assert beam("--init_checkpoint", base, "--length_penalty", "nan").returncode == 2
     if shutil.which("nvidia-smi") is None:
         fails(beam("--init_checkpoint", base, "--device", "cuda"), "--device cuda", "--device cpu")
     assert not any(tmp_path.iterdir())

@@ -189,6 +189,17 @@ def test_what_is_missing_is_installed_for_root(machine):
             in machine.calls.read_text())
 
 
+def test_mpi_is_asked_for_by_several_processes_only(machine):
+    machine.install("id", "echo 1000")
+    assert machine.start(NPROC=1).returncode == 0
+    assert_one_line_error(machine.start(NPROC=2), "apt-get install openmpi-bin libopenmpi-dev")
+    machine.install("mpirun", "true")
+    assert_one_line_error(machine.start(NPROC=2), "openmpi-bin libopenmpi-dev")
+    machine.install("mpicc", "true")
+    result = machine.start(NPROC=2)
+    assert result.returncode == 0 and result.stderr == ""
+
+
 def test_failing_apt_is_told(machine):
     machine.install("id", "echo 0")
     machine.remove("java")

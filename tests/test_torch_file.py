@@ -6,6 +6,10 @@ import io
 import os
 import pickle
 import random
+import resource
+import struct
+import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 
@@ -183,6 +187,152 @@ def test_damaged_files_are_refused(torch_side, tmp_path, zipped):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 20
+
+
+def refused(tmp_path, content: bytes, match: str | None = None) -> str:
+    """What the loader says to a file it must not open."""
+    path = tmp_path / "refused.pt"
+    path.write_bytes(content)
+    with pytest.raises(torch_file.TorchFileError, match=match) as error:
+        torch_file.load(path)
+    assert str(error.value).isprintable() and len(str(error.value)) <= 300
+    return str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cut_at_every_kilobyte(torch_side, tmp_path, zipped):
+    path = tmp_path / "file.pt"
+    arrays = {f"layer.{i}": np.full((16, 40), i, np.float32) for i in range(30)}
+    torch_side("save", arrays, path=str(path), zipped=zipped)
+    whole = path.read_bytes()
+    assert len(whole) > 70_000
+    for end in range(0, len(whole), 1024):
+        refused(tmp_path, whole[:end])
+    assert torch_file.load(path).keys() == arrays.keys()
+
+
+def tuples(depth: int) -> bytes:
+    """A tuple in a tuple in a tuple ..."""
+    return b"\x80\x02)" + b"\x85" * depth + b"."
+
+
+def doubled(depth: int, end: bytes) -> bytes:
+    """A pair of one pair twice of one pair twice ...: small here, 2 ** depth items to walk."""
+    return b"\x80\x02)" + b"q\x00h\x00\x86" * depth + end + b"."
+
+
+ORDERED_DICT = b"ccollections\nOrderedDict\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+HOSTILE = {
+    "memo of 100 GB": b"\x80\x02]r\xff\xff\xff\xff\x93.",
+    "text memo": b"]p99999999999999999\n\x93.",
+    "integer of 2 GB": b"\x80\x02\x8b\xff\xff\xff\x7f.",
+    "negative length": b"\x80\x02\x8b\xff\xff\xff\xff.",
+    "string of 10**18 bytes": b"\x80\x04\x8d" + struct.pack("<Q", 10**18) + b".",
+    "bytes of 10**18 bytes": b"\x80\x04\x8e" + struct.pack("<Q", 10**18) + b".",
+    "frame of 10**18 bytes": b"\x80\x04\x95" + struct.pack("<Q", 10**18) + b"\x93.",
+    "long decimal": b"L" + b"9" * 100_000 + b"L\n.",
+    "deep tuples": tuples(200_000),
+    "deep lists": b"\x80\x02" + b"](" * 10_000 + b"e" * 10_000 + b".",
+    "hash of deep tuples": b"\x80\x02}" + tuples(200_000)[2:-1] + b"Ns.",
+    "hash of doubled pairs": b"\x80\x02}" + doubled(60, b"Ns")[2:],
+    "hash in OrderedDict": b"\x80\x02" + ORDERED_DICT + b"](" + doubled(60, b"N\x86")[2:-1]
+                           + b"e\x85R.",
+    "set": b"\x80\x04\x8f(K\x01\x90.",
+    "attribute of our function": b"\x80\x02" + REBUILD + b"}X\x01\0\0\0xK\x01sb.",
+    "state of a tensor": b"\x80\x02" + tensor_pickle()[3:-2] + b"(K\x01tb.",
+    "call of a result": b"\x80\x02" + ORDERED_DICT + b")R)R.",
+    "call of a string": b"\x80\x02X\x01\0\0\0x)R.",
+    "call of a storage": b"\x80\x02ctorch\nFloatStorage\n(K\x05tR.",
+    "wrong arguments": b"\x80\x02" + REBUILD + b"(K\x01K\x02K\x03K\x04tR.",
+    "too few arguments": b"\x80\x02" + REBUILD + b")R.",
+    "no tuple of arguments": b"\x80\x02" + ORDERED_DICT + b"]R.",
+    "object of a class": b"\x80\x02" + ORDERED_DICT + b")\x81.",
+    "instance": b"(icollections\nOrderedDict\n.",
+    "old object": b"(" + ORDERED_DICT + b"o.",
+    "extension": b"\x80\x02\x82\x01.",
+    "name that is a list": b"\x80\x04]]\x93.",
+    "name of 1 MB": b"c" + b"x" * 1_000_000 + b"\nsystem\n.",
+    "name with control characters": b"\x80\x04\x8c\x05os\n\x1b[\x8c\x01x\x93.",
+    "empty stack": b"\x80\x020000.",
+    "no stop": b"\x80\x02]",
+    "unknown opcode": b"\x80\x02\xff.",
+    "tensor of wrong kinds": tensor_pickle(shape=(2, "2")),
+    "persistent id that is a number": b"\x80\x02K\x01Q.",
+    "negative storage": tensor_pickle(count=-4),
+    "storage of 10**15 bytes": tensor_pickle(count=10**15 // 4),
+    "tensors without end": b"\x80\x02](" + tensor_pickle(
+        shape=(10**9, 10**9), stride=(0, 0))[tensor_pickle().index(b"ctorch._u"):-2] + b"e.",
+    "structure of 5 MB": b"\x80\x02](" + b"}" * 5_000_000 + b"e.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("wrap", [hostile_zip, hostile_legacy])
+def test_hostile_pickles(tmp_path, name, wrap):
+    content = wrap(HOSTILE[name])
+    if wrap is hostile_zip:
+        path = tmp_path / "refused.pt"
+        path.write_bytes(content)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("model/data/0", bytes(16))
+        content = path.read_bytes()
+    refused(tmp_path, content)
+    assert not vars(torch_file._rebuild_tensor)
+
+
+def test_hostile_files_need_little_memory(tmp_path):
+    """All of them again, in a process that may take no more than 1 GB."""
+    for number, content in enumerate(HOSTILE.values()):
+        for wrap in (hostile_zip, hostile_legacy):
+            (tmp_path / f"{wrap.__name__}{number}.pt").write_bytes(wrap(content))
+    code = ("import sys, torch_file\n"
+            "for path in sys.argv[1:]:\n"
+            "    try: torch_file.load(path)\n"
+            "    except torch_file.TorchFileError as error:\n"
+            "        assert 'memory' not in str(error).lower(), (path, error)\n"
+            "    else: sys.exit(path)\n")
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+    done = subprocess.run([sys.executable, "-c", code, *sorted(tmp_path.iterdir())],
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
+                               "OPENBLAS_NUM_THREADS": "1"},
+                          preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_zip_bombs(tmp_path):
+    def bomb(compression=zipfile.ZIP_STORED, claim=None, twice=False):
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w", compression) as archive:
+            archive.writestr("m/data.pkl", tensor_pickle(count=1 << 20, shape=(1 << 20,),
+                                                         stride=(1,)))
+            archive.writestr("m/data/0", bytes(4 << 20))
+            if claim:
+                info = archive.getinfo("m/data/0")
+                info.file_size = info.compress_size = claim
+            if twice:
+                archive.filelist.append(archive.getinfo("m/data/0"))
+        return file.getvalue()
+
+    refused(tmp_path, bomb(zipfile.ZIP_DEFLATED), "refused: m/data.pkl is compressed")
+    refused(tmp_path, bomb(claim=1 << 40), "refused: its members are larger than the file")
+    refused(tmp_path, bomb(twice=True), "refused: two of its members have one name")
+    path = tmp_path / "honest.pt"
+    path.write_bytes(bomb())
+    assert torch_file.load(path)["x"].shape == (1 << 20,)
+
+
+def test_many_views_of_the_same_bytes(tmp_path):
+    """Small in the file, but a reader who copies each of its tensors would need 40 GB."""
+    one = tensor_pickle(count=1 << 20, shape=(1 << 20,), stride=(1,))
+    tensor = one[one.index(b"ctorch._u"):-2]
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("m/data.pkl", b"\x80\x02](" + tensor * 10_000 + b"e.")
+        archive.writestr("m/data/0", bytes(4 << 20))
+    refused(tmp_path, file.getvalue(), "refused: its tensors are much larger than the file")
 
 
 @pytest.mark.parametrize("content", [b"", b"text\n", b"\x89PNG\r\n\x1a\n", b"PK\x03\x04", b"\x80"])

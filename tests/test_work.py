@@ -50,6 +50,17 @@ def test_demo_in_a_miniature(copy):
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 40  # 1600 samples
 
 
+@pytest.mark.skipif(not (shutil.which("mpirun") and shutil.which("mpicc")), reason="no MPI")
+def test_demo_of_two_processes(copy):
+    done = work(copy, "demo", NPROC=2, BASE_STEPS=3, BATCH_SIZE=40, BEAM_BATCH_SIZE=48,
+                MPI_FLAGS="--oversubscribe")
+    assert done.returncode == 0, done.stderr
+    folder = copy / "trained_models" / "demo"
+    assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 20
+    assert len((folder / "lora.txt").read_text().splitlines()) == 48
+    assert done.stdout.count("gpt2.nano: ") == 2  # base and LoRA, each said once
+
+
 def test_experiment(copy):
     """The seed document's four stages and file names, the last checkpoint's step found."""
     subprocess.run([sys.executable, "data/demo/generate.py", "data/e2e"], cwd=copy, check=True,
@@ -68,6 +79,8 @@ def test_experiment(copy):
                     "--seq_len", "64", "--max_step", "1", "--work_dir", base, "--device", "cpu"],
                    cwd=copy, check=True, stdout=subprocess.DEVNULL)
 
+    done = work(copy, MODEL_CARD="gpt2.nano", INIT_CHECKPOINT=base / "model.1.pt", RESUME="maybe")
+    assert done.returncode == 2 and "--resume" in done.stderr
     done = work(copy, MODEL_CARD="gpt2.nano", INIT_CHECKPOINT=base / "model.1.pt", EPOCHS=2)
     assert done.returncode == 0, done.stderr
     predictions = copy / "trained_models/GPT2_M/e2e/predict.10.b10p08r4.jsonl"

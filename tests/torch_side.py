@@ -42,6 +42,16 @@ def batches(arrays, path, batch_size, seq_len, joint_lm, seed, epochs, drop_last
     return results
 
 
+def distributed(arrays, length, batch_size, seed, epoch, rank, world_size, drop_last):
+    """The positions in each batch of an epoch of one of several processes."""
+    sampler = torch.utils.data.DistributedSampler(range(length), world_size, rank, shuffle=True,
+                                                  seed=seed)
+    sampler.set_epoch(epoch)
+    loader = torch.utils.data.DataLoader(range(length), batch_size, sampler=sampler,
+                                         drop_last=drop_last)
+    return {str(number): batch.numpy() for number, batch in enumerate(loader)}
+
+
 def _model(arrays, card, r, alpha, dtype="float64"):
     model = torch_model.build(card, lora_dim=r, lora_alpha=alpha)
     parameters = dict(model.named_parameters())
@@ -216,9 +226,9 @@ def load_into_model(arrays, path, card, r):
 
 
 OPERATIONS = {function.__name__: function for function in (
-    permutations, batches, logits, loss_and_gradients, lora_state, merged_linear, adamw, clip,
-    schedule, transformers_schedule, beam_search, save_odd_tensors, save, save_safetensors,
-    load, load_into_model)}
+    permutations, batches, distributed, logits, loss_and_gradients, lora_state, merged_linear,
+    adamw, clip, schedule, transformers_schedule, beam_search, save_odd_tensors, save,
+    save_safetensors, load, load_into_model)}
 
 
 def main() -> None:

@@ -1,0 +1,153 @@
+"""The state of a training run on its way: all that the steps to come depend on, in one file.
+
+``WORK_DIR/resume.STEP.pt`` holds the trained weights (under ``model_state_dict``, so that the
+file also serves as ``--lora_checkpoint``), AdamW's moments, the gradients added up since the last
+update, the counters, and the settings of the run, which a run that goes on must share. Dropout
+and the order of samples follow from the seed and the step; no generator needs saving.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jittor as jt
+import numpy as np
+
+import torch_file
+from cli import InputError
+from optimizer import AdamW
+
+NAME = re.compile(r"resume\.(\d+)\.pt")
+KEPT = 2  # the newest states in a work dir: should one be damaged, there is another
+
+
+@dataclass
+class Counters:
+    """Where a run stands after ``step`` micro-batches."""
+
+    step: int = 0
+    updates: int = 0  # of the optimizer
+    log_sum: float = 0.0  # of the losses since the last log line
+    log_count: int = 0
+    best_ppl: float = math.inf
+    checkpoints: list[int] = field(default_factory=list)  # steps of the model.STEP.pt there are
+    log_sizes: list[int] = field(default_factory=list)  # bytes of train.log and metrics.csv
+
+
+@dataclass
+class TrainState:
+    """A state as read from ``path``; the tables hold arrays by parameter name."""
+
+    path: Path
+    settings: dict[str, object]
+    counters: Counters
+    weights: dict[str, np.ndarray]
+    m: dict[str, np.ndarray]
+    v: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]  # empty right after an update
+
+    def differing(self, settings: dict[str, object]) -> str | None:
+        """The first of ``settings`` that the run of this state did not have, or None."""
+        names = [*settings, *(name for name in self.settings if name not in settings)]
+        return next((name for name in names
+                     if self.settings.get(name) != settings.get(name)), None)
+
+    def restore(self, optimizer: AdamW) -> dict[str, jt.Var]:
+        """Sets the optimizer and the parameters it trains; returns the gradients added up so far.
+
+        Raises InputError where the state is of other parameters.
+        """
+        shapes = {name: tuple(p.shape) for name, p in optimizer.parameters.items()}
+        for table in (self.weights, self.m, self.v, self.gradients or self.weights):
+            if shapes != {name: array.shape for name, array in table.items()}:
+                raise InputError(f"{self.path}: the state of another model; remove it, or leave "
+                                 "out --resume to start anew")
+        for name, p in optimizer.parameters.items():
+            p.update(jt.array(self.weights[name]))
+            optimizer.m[name].update(jt.array(self.m[name]))
+            optimizer.v[name].update(jt.array(self.v[name]))
+        optimizer.updates = self.counters.updates
+        return {name: jt.array(array) for name, array in self.gradients.items()}
+
+
+def write(work_dir: Path, settings: dict[str, object], counters: Counters, optimizer: AdamW,
+          gradients: dict[str, jt.Var]) -> Path:
+    """Writes ``resume.STEP.pt`` whole or not at all and prunes older ones; returns its path.
+
+    Raises InputError where it cannot be written, and FloatingPointError where a number in it is
+    not finite: nothing could go on from there.
+    """
+    tables = {"model_state_dict": optimizer.parameters, "m": optimizer.m, "v": optimizer.v,
+              "gradients": gradients}
+    arrays = {key: {name: var.numpy() for name, var in table.items()}
+              for key, table in tables.items()}
+    for key, table in arrays.items():
+        for name, array in table.items():
+            if not np.isfinite(array).all():
+                raise FloatingPointError(f"{key} of {name}")
+    path = work_dir / f"resume.{counters.step}.pt"
+    remove(work_dir, keep=KEPT - 1)  # first, so that no more than KEPT need space at once
+    about = {"settings": settings, "counters": asdict(counters)}
+    torch_file.save(path, {**arrays, "about": json.dumps(about)})
+    return path
+
+
+def newest(work_dir: Path) -> TrainState | None:
+    """The newest state in ``work_dir`` that is whole, or None if there is none.
+
+    Raises InputError where there are states, but all are damaged.
+    """
+    damaged = None
+    for path in paths(work_dir):
+        try:
+            return read(path)
+        except InputError as error:
+            damaged = damaged or error
+    if damaged:
+        raise damaged
+    return None
+
+
+def read(path: Path) -> TrainState:
+    """The state in ``path``; raises InputError where it is none, or damaged."""
+    try:
+        raw = torch_file.load(path)
+        about = json.loads(raw["about"])
+        settings, counters = dict(about["settings"]), Counters(**about["counters"])
+        tables = [raw[key] for key in ("model_state_dict", "m", "v", "gradients")]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}; check its "
+                         "permissions") from None
+    except (torch_file.TorchFileError, LookupError, TypeError, ValueError, RecursionError) as error:
+        refused = f": {error}" if isinstance(error, torch_file.TorchFileError) else ""
+        raise InputError(f"{path}: no state of a training run{refused}; remove it") from None
+    fields = asdict(counters)
+    well_typed = all(
+        isinstance(value, type(fields[name])) for name, value in asdict(Counters()).items()
+    ) and all(type(n) is int and n >= 0 for n in (counters.step, counters.updates,
+                                                  counters.log_count, *counters.checkpoints,
+                                                  *counters.log_sizes))
+    if not well_typed or len(counters.log_sizes) != 2 or not all(
+            isinstance(table, dict) and all(
+                isinstance(array, np.ndarray) and array.dtype == np.float32
+                for array in table.values()) for table in tables):
+        raise InputError(f"{path}: no state of a training run; remove it")
+    return TrainState(path, settings, counters, *tables)
+
+
+def remove(work_dir: Path, keep: int = 0, step: int | None = None) -> None:
+    """Removes all states but the ``keep`` newest ones, or only that of ``step``."""
+    found = paths(work_dir)[keep:] if step is None else [work_dir / f"resume.{step}.pt"]
+    for path in found:
+        path.unlink(missing_ok=True)
+
+
+def paths(work_dir: Path) -> list[Path]:
+    """The paths of all states, newest first."""
+    found = [(int(match[1]), path) for path in work_dir.glob("resume.*.pt")
+             if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]

@@ -139,13 +139,13 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
             remedy = "do --model_card and --lora_dim fit the file?"
         raise InputError(f"{path}: {'; '.join(faults)}; {remedy}")
     for name, p in parameters.items():
-        if name in weights:
-            p.assign(jt.array(np.ascontiguousarray(weights[name])))
+        if name in weights:  # which are let go one by one: the model is large enough once
+            p.assign(jt.array(np.ascontiguousarray(weights.pop(name))))
 
 
 def save_model(model: GPT2LMModel, path: str | os.PathLike) -> None:
     """Writes the whole model under the original's names; ``torch.load`` opens the file."""
-    state = {name: p.numpy() for name, p in model.named_parameters()}
+    state = {name: p.data for name, p in model.named_parameters()}  # views of Jittor's memory
     state[HEAD_NAMES[1]] = state[EMBEDDING]
     torch_file.save(path, {"model_state_dict": state})
 

@@ -119,13 +119,13 @@ class Training:
     def micro_batch(self) -> float:
         """Trains on the next batch and returns its loss."""
         import loralib as lora
-        from trainer import _accumulate
+        from trainer import accumulate
 
         batch = next(self.batches)
         self.step += 1
         lora.seed_dropout(self.model, self.seed, self.step)
         loss = self.model.loss(batch.input_ids, batch.target, batch.mask, self.label_smooth)
-        _accumulate(self.gradients, loss / self.grad_acc, self.optimizer.parameters)
+        accumulate(self.gradients, loss / self.grad_acc, self.optimizer.parameters)
         loss = float(loss.item())
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.step}")

@@ -95,7 +95,7 @@ def train(model: GPT2LMModel, optimizer: AdamW, schedule: Schedule, train_data: 
             lr = schedule(step - 1)
             lora.seed_dropout(model, options.seed, step * world_size + rank)
             loss = _loss(model, batch, options.label_smooth)
-            _accumulate(gradients, loss / options.grad_acc, optimizer.parameters)
+            accumulate(gradients, loss / options.grad_acc, optimizer.parameters)
             loss, stopped = processes.total_numbers(float(loss.item()), stop.requested)
             if not math.isfinite(loss):
                 if rank == 0:  # the weights that gave this
@@ -203,7 +203,7 @@ def _diverged(work_dir: Path, what: str, flag: str) -> InputError:
     return InputError(f"{work_dir}: {what}; start anew with a lower --lr or with --clip{start}")
 
 
-def _accumulate(gradients: dict[str, jt.Var], loss: jt.Var, parameters: dict[str, jt.Var]) -> None:
+def accumulate(gradients: dict[str, jt.Var], loss: jt.Var, parameters: dict[str, jt.Var]) -> None:
     """Adds the gradient of all processes' ``loss`` to ``gradients`` (by name, empty at first)."""
     fresh = processes.total(jt.grad(loss, list(parameters.values())))
     for name, gradient in zip(parameters, fresh):

@@ -74,7 +74,8 @@ static inline void transpose8(const float* from, int64_t ld, float* to) {
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
             r[i + j] = __builtin_shuffle(s[i + j], s[i + j + 2], I8{0, 1, 8, 9, 4, 5, 12, 13});
-            r[i + j + 2] = __builtin_shuffle(s[i + j], s[i + j + 2], I8{2, 3, 10, 11, 6, 7, 14, 15});
+            r[i + j + 2] = __builtin_shuffle(s[i + j], s[i + j + 2],
+                                             I8{2, 3, 10, 11, 6, 7, 14, 15});
         }
     for (int i = 0; i < 4; i++) {
         V8 low = __builtin_shuffle(r[i], r[i + 4], I8{0, 1, 2, 3, 8, 9, 10, 11});
@@ -87,7 +88,7 @@ static inline void transpose8(const float* from, int64_t ld, float* to) {
 // How B lies in memory: (K, N), its transpose (N, K), or as pack() left it.
 enum Layout { ROWS, COLUMNS, PACKED };
 
-// Rows k.. of columns n.. to n + cols of B, kc x NR, missing columns as zeros.
+// B's rows k to k + kc in columns n to n + cols, as a block kc x NR; missing columns are zeros.
 template <Layout layout>
 static void bring(const float* b, int64_t ld, int k, int kc, int n, int cols, float* to) {
     if (cols < NR) std::fill_n(to, kc * NR, 0.f);
@@ -160,7 +161,8 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
                          b + (int64_t)(down ? kc : K) * NR, 0, 0, 0);
             } else {
                 bring<layout>(B, ld, k, kc, n, cols, block);
-                const int next_k = down ? k + kc : k, next_n = down ? n : n + NR;
+                const bool below = down && k + kc < K;  // where the next block is
+                const int next_k = below ? k + kc : down ? 0 : k, next_n = below ? n : n + NR;
                 if (layout == ROWS)
                     all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_k * ld + next_n,
                              ld, kc, NR);

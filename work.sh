@@ -53,7 +53,9 @@ launch() {  # SCRIPT FLAG...
         python "$@"
         return
     fi
-    local flags=(--quiet -np "$NPROC" --bind-to none)
+    local flags=(-np "$NPROC" --bind-to none --oversubscribe)
+    # A script that fails says why; what mpirun says about that is of use with flags of one's own.
+    [[ -n "$MPI_FLAGS" ]] || flags+=(--quiet)
     [[ "$(id -u)" != 0 ]] || flags+=(--allow-run-as-root)
     # shellcheck disable=SC2086  # several flags
     mpirun "${flags[@]}" $MPI_FLAGS python "$@"

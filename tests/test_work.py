@@ -52,8 +52,7 @@ def test_demo_in_a_miniature(copy):
 
 @pytest.mark.skipif(not (shutil.which("mpirun") and shutil.which("mpicc")), reason="no MPI")
 def test_demo_of_two_processes(copy):
-    done = work(copy, "demo", NPROC=2, BASE_STEPS=3, BATCH_SIZE=40, BEAM_BATCH_SIZE=48,
-                MPI_FLAGS="--oversubscribe")
+    done = work(copy, "demo", NPROC=2, BASE_STEPS=3, BATCH_SIZE=40, BEAM_BATCH_SIZE=48)
     assert done.returncode == 0, done.stderr
     folder = copy / "trained_models" / "demo"
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 20

@@ -51,9 +51,12 @@ class Attention(nn.Module):
             lora_dropout=lora_config.dropout, enable_lora=(True, False, True))
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
-    def execute(self, x, attend, residual):  # (N, C), function, (N, C)
+    def execute(self, x, attend, residual, rows=None):  # (N, C), function, (N, C), (M,)
         qkv = self.c_attn(x).reshape((x.shape[0], 3, self.n_head, -1))  # (N, 3, H, D)
-        return self.c_proj(attend(qkv).reshape(x.shape), residual)
+        mixed = attend(qkv).reshape(x.shape)  # (N, C)
+        if rows is not None:
+            mixed, residual = mixed[rows], residual[rows]  # (M, C)
+        return self.c_proj(mixed, residual)
 
 
 class MLP(nn.Module):
@@ -72,8 +75,8 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def execute(self, x, attend):  # (N, C)
-        x = self.attn(self.ln_1(x), attend, residual=x)
+    def execute(self, x, attend, rows=None):  # (N, C) -> (N, C), or (M, C) of the M rows
+        x = self.attn(self.ln_1(x), attend, x, rows)
         return self.mlp(self.ln_2(x), residual=x)
 
 
@@ -86,15 +89,17 @@ class GPT2Model(nn.Module):
         self.h = nn.ModuleList([Block(config, lora_config) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
 
-    def execute(self, input_ids, positions, attend: Attend):
-        """input_ids, positions (N,) int32 -> hidden states (N, C).
+    def execute(self, input_ids, positions, attend: Attend, rows=None):
+        """input_ids, positions (N,) int32 -> hidden states (N, C), or only those of ``rows`` (M,).
 
         ``attend(layer, qkv)`` mixes the values: qkv (N, 3, H, D) -> (N, H, D). Only it knows which
-        of the N tokens belong together.
+        of the N tokens belong together. In the last layer nothing but keys and values is wanted
+        of the other rows.
         """
         x = self.wte(input_ids) + self.wpe(positions)  # (N, C)
+        last = len(self.h) - 1
         for index, block in enumerate(self.h):
-            x = block(x, partial(attend, index))
+            x = block(x, partial(attend, index), rows if index == last else None)
         return self.ln_f(x)
 
 
@@ -128,13 +133,11 @@ class GPT2LMModel(nn.Module):
         kept = np.arange(mask.shape[1]) < lengths[:, None]  # (B, T)
         input_ids, target, mask = input_ids[kept], target[kept], mask[kept]  # (N,) each
         positions = np.concatenate([np.arange(length) for length in lengths])
+        rows = np.flatnonzero(mask) if mask.any() else np.zeros(1, np.int64)  # (M,)
         hidden = self.transformer(
             _int32(input_ids), _int32(positions),
-            lambda layer, qkv: ops.causal_attention(qkv, lengths))  # (N, C)
-        rows = np.flatnonzero(mask)
-        if not rows.size:
-            rows = np.zeros(1, np.int64)
-        logits = self.logits(hidden[_int32(rows)])  # (M, V)
+            lambda layer, qkv: ops.causal_attention(qkv, lengths), _int32(rows))  # (M, C)
+        logits = self.logits(hidden)  # (M, V)
         losses = ops.cross_entropy(logits, _int32(target[rows]), label_smooth)  # (M,)
         weights = mask[rows].astype(np.float32)  # (M,)
         return (losses * jt.array(weights)).sum() / float(mask.sum() + 0.0001)
@@ -162,8 +165,9 @@ class GPT2LMModel(nn.Module):
         cache = KeyValueCache(self.config.n_layer, query_len, capacity, beams)
         hidden = self.transformer(
             _int32(query[kept]), _int32(np.nonzero(kept)[1]),
-            lambda layer, qkv: cache.layers[layer].read(qkv, query_len))  # (P, C)
-        return self.logits(hidden[_int32(cache.spans[:, 1] - 1)]), cache
+            lambda layer, qkv: cache.layers[layer].read(qkv, query_len),
+            _int32(cache.spans[:, 1] - 1))  # (B, C)
+        return self.logits(hidden), cache
 
     def step(self, token_ids: np.ndarray, origin: np.ndarray, cache: KeyValueCache) -> jt.Var:
         """One more token for each of R beams: token_ids (R,) -> logits (R, V).

@@ -74,6 +74,8 @@ class _Beams:
 
     def __init__(self, samples: int, options: BeamOptions):
         self.options = options
+        lengths = range(1, options.eval_len + 1)
+        self.norms = [np.float32(length ** options.length_penalty) for length in lengths]
         # One row a live beam, those of a sample together and the best first; one a sample at first.
         self.sample = np.arange(samples)  # (R,): whose beam it is
         self.scores = np.zeros(samples, np.float32)  # (R,): log p
@@ -119,12 +121,9 @@ class _Beams:
         return ops.top_log_probs(logits, options.beam, forbidden, seen, options.repetition_penalty)
 
     def _finish(self, sample: int, history: Tokens, score: np.float32) -> None:
-        score = score / self._norm(len(history))
+        score = score / self.norms[len(history) - 1]
         if score > self.best_score[sample]:
             self.best_score[sample], self.best[sample] = score, history
-
-    def _norm(self, length: int) -> np.float32:
-        return np.float32(length ** self.options.length_penalty)
 
     def _may_win(self, sample: int, history: Tokens, score: np.float32) -> bool:
         """Whether a beam is alive and its sample not decided.
@@ -132,7 +131,7 @@ class _Beams:
         A beam's score only falls, so it can end no better than with its score of now and the
         length that divides it best.
         """
-        kindest = max(self._norm(len(history) + 1), self._norm(self.options.eval_len))
+        kindest = max(self.norms[len(history)], self.norms[-1])
         return score > -np.inf and score * (1 - ROUNDING) / kindest > self.best_score[sample]
 
     def last_tokens(self) -> np.ndarray:

@@ -15,6 +15,7 @@ MASKED = -1e10  # a score that softmax turns into exactly 0; infinities do not s
 # Each thread works on a head of a sequence in memory of its own: in qkv, the rows of a head lie
 # kilobytes apart, and a first-level cache can hold only a few of those at once.
 _HEADER = r"""
+    #include <cstring>
     struct Head {
         const int T, D;
         std::vector<float> numbers;  // (pieces, T, D)
@@ -27,13 +28,28 @@ _HEADER = r"""
             for (int t = 0; t < T; t++) std::copy_n((*this)[piece] + t * D, D, to + t * stride);
         }
     };
+    // In vectors of our own: left to itself, the compiler runs vectors across heads or positions
+    // and collects their numbers from all over memory.
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef int Places __attribute__((vector_size(32)));
+    static inline Eight eight(const float* p) { Eight v; std::memcpy(&v, p, sizeof v); return v; }
     static inline float inner(const float* a, const float* b, int D) {
-        float sum = 0;
-        for (int d = 0; d < D; d++) sum += a[d] * b[d];
+        Eight sums = {};
+        int d = 0;
+        for (; d + 8 <= D; d += 8) sums += eight(a + d) * eight(b + d);
+        sums += __builtin_shuffle(sums, Places{4, 5, 6, 7, 4, 5, 6, 7});
+        sums += __builtin_shuffle(sums, Places{2, 3, 2, 3, 2, 3, 2, 3});
+        float sum = sums[0] + sums[1];
+        for (; d < D; d++) sum += a[d] * b[d];
         return sum;
     }
     static inline void add_scaled(float* to, float weight, const float* from, int D) {
-        for (int d = 0; d < D; d++) to[d] += weight * from[d];
+        int d = 0;
+        for (; d + 8 <= D; d += 8) {
+            Eight sum = eight(to + d) + weight * eight(from + d);
+            std::memcpy(to + d, &sum, sizeof sum);
+        }
+        for (; d < D; d++) to[d] += weight * from[d];
     }
 """
 # in0: qkv (N, 3, H, D), in1: starts (B + 1), where the sequences begin and the last one ends.
@@ -151,10 +167,10 @@ _BEAM_ATTENTION = r"""
     const int R = in0_shape0, H = in0_shape2, C = H * D, widest = in3_shape1, steps = in4_shape0;
     const float scale = 1 / std::sqrt((float)D);
     float* fresh = in3_p + (int64)(steps - 1) * widest * 2 * C;
-    for (int row = 0; row < R; row++)  // the new keys and values stand behind those of before
-        std::copy_n(in0_p + ((int64)row * 3 + 1) * C, 2 * C, fresh + (int64)row * 2 * C);
     #pragma omp parallel for
     for (int row = 0; row < R; row++) {  // all heads of a key at once: it is one piece of memory
+        // The new key and value, which no other row needs in this step, go where later ones look.
+        std::copy_n(in0_p + ((int64)row * 3 + 1) * C, 2 * C, fresh + (int64)row * 2 * C);
         const int begin = in2_p[2 * row], seen = in2_p[2 * row + 1] - begin, n = seen + steps;
         const float* q = in0_p + (int64)row * 3 * C;
         float* y = out0_p + (int64)row * C;

@@ -1,16 +1,39 @@
-"""Each operator against NumPy in float64 and against its plain twin, forward and backward."""
+"""Each operator against NumPy in float64 and against its plain twin, forward and backward.
+
+All of it twice: as it runs on this device, and with the text of its CUDA kernels run on the CPU.
+"""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+EMULATION = (Path(__file__).parent / "cuda_emulation.h").read_text(encoding="utf-8")
 
-@pytest.fixture(scope="module")
-def ops(jittor):
+
+@pytest.fixture(scope="module", params=["native", "emulated CUDA"])
+def ops(request, jittor):
     import ops
 
-    return ops
+    if request.param == "native":
+        yield ops
+        return
+    if jittor.flags.use_cuda:
+        pytest.skip("there is a GPU to run them")
+    code = jittor.code
+
+    def emulated(*arguments, cuda_header=None, cuda_src=None, **on_cpu):
+        if cuda_src:
+            launches = re.sub(r"(\w+)<<<(.+), (\w+)>>>\(", r"launch(\2, \3, \1, ", cuda_src)
+            on_cpu.update(cpu_header=EMULATION + cuda_header, cpu_src=launches)
+        return code(*arguments, **on_cpu)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jittor, "code", emulated)
+        yield ops
 
 
 def numerical_gradient(f, x: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def sources(jittor, monkeypatch):
 def test_nvcc_compiles_them(sources, tmp_path):
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc; it comes with a CUDA toolkit")
-    assert len(sources) == 13
+    assert len(sources) == 16
     includes, units = set(), []
     for index, ((kernels, launch), variables) in enumerate(sources.items()):
         lines = kernels.splitlines()

@@ -229,6 +229,14 @@ def test_causal_attention_of_a_real_size(ops, agree):
           lambda x: ops.plain_causal_attention(x, lengths), None, qkv)
 
 
+def test_causal_attention_of_growing_scores(ops, agree):
+    """On CUDA keys come by 64, as do a head's numbers: the largest score changes on the way."""
+    qkv = np.random.default_rng(0).normal(size=(150, 3, 1, 70))
+    qkv[:, 1] *= np.arange(150)[:, None, None] / 30
+    agree(lambda x: ops.causal_attention(x, [150]), lambda x: ops.plain_causal_attention(x, [150]),
+          None, qkv)
+
+
 def test_causal_attention_of_large_scores(ops, jittor):
     qkv = np.random.default_rng(0).normal(scale=60, size=(9, 3, 2, 8)).astype(np.float32)
     for function in (ops.causal_attention, ops.plain_causal_attention):
@@ -246,7 +254,7 @@ def test_softmax_gives_no_weight_to_masked_scores(ops, jittor):
 
 
 @pytest.mark.parametrize("query_len, rows", [([4], [1, 1, 1]), ([1, 5, 3], [6, 6, 6]),
-                                             ([2, 7], [3, 6, 1])])
+                                             ([2, 7], [3, 6, 1]), ([70, 130], [4, 3])])
 def test_beam_attention(ops, jittor, query_len, rows):
     """Three steps in which rows die, double and change places; ``rows`` of each step."""
     random = np.random.default_rng(sum(rows))

@@ -113,7 +113,7 @@ def find_cuda() -> tuple[str | None, str]:
         return None, (f"a GPU, but {nvcc} is CUDA {version[0]}.{version[1]} and Jittor compiles "
                       "with 11.x and 12.x; install one beside it and set nvcc_path")
     toolkit = Path(nvcc).resolve().parents[1]
-    for library in ("libcudart.so", "libcublas.so"):
+    for library in ("libcudart.so", "libcublas.so", "libcurand.so"):  # what Jittor insists on
         if not [*toolkit.glob(f"lib64/{library}*"), *toolkit.glob(f"lib/*/{library}*")]:
             return None, f"a GPU, but no {library} beside {nvcc}; install the whole CUDA toolkit"
     return nvcc, ""

@@ -61,10 +61,13 @@ def tiktoken_gpt2(vocab):
 
 @pytest.fixture(scope="session")
 def jittor():
-    """Jittor on the CPU; what imports it is imported after asking for this fixture."""
+    """Jittor on the CPU; what imports it is imported after asking for this fixture.
+
+    TEST_DEVICE=cuda tests on the GPU instead, see test_cuda.py.
+    """
     import backend
 
-    backend.start("cpu", seed=1)
+    backend.start(os.environ.get("TEST_DEVICE", "cpu"), seed=1)
     import jittor
 
     return jittor

@@ -23,7 +23,8 @@ def machine(monkeypatch, tmp_path):
 
     Returns the path of nvcc.
     """
-    def make(gpus=1, release="release 12.4, V12.4.131", libraries=("libcudart.so", "libcublas.so")):
+    def make(gpus=1, release="release 12.4, V12.4.131",
+             libraries=("libcudart.so", "libcublas.so", "libcurand.so")):
         def load(name):
             assert name == "libcuda.so.1"
             if gpus is None:
@@ -62,6 +63,7 @@ def test_a_machine_with_cuda(machine):
     ({"release": "something else"}, "nvcc is CUDA"),
     ({"libraries": ["libcublas.so"]}, "no libcudart.so"),
     ({"libraries": ["libcudart.so"]}, "no libcublas.so"),
+    ({"libraries": ["libcudart.so", "libcublas.so"]}, "no libcurand.so"),
 ])
 def test_a_machine_without(machine, obstacle, reason):
     machine(**obstacle)

@@ -1,16 +1,39 @@
-"""Each operator against NumPy in float64 and against its plain twin, forward and backward."""
+"""Each operator against NumPy in float64 and against its plain twin, forward and backward.
+
+All of it twice: as it runs on this device, and with the text of its CUDA kernels run on the CPU.
+"""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+EMULATION = (Path(__file__).parent / "cuda_emulation.h").read_text(encoding="utf-8")
 
-@pytest.fixture(scope="module")
-def ops(jittor):
+
+@pytest.fixture(scope="module", params=["native", "emulated CUDA"])
+def ops(request, jittor):
     import ops
 
-    return ops
+    if request.param == "native":
+        yield ops
+        return
+    if jittor.flags.use_cuda:
+        pytest.skip("there is a GPU to run them")
+    code = jittor.code
+
+    def emulated(*arguments, cuda_header=None, cuda_src=None, **on_cpu):
+        if cuda_src:
+            launches = re.sub(r"(\w+)<<<(.+), (\w+)>>>\(", r"launch(\2, \3, \1, ", cuda_src)
+            on_cpu.update(cpu_header=EMULATION + cuda_header, cpu_src=launches)
+        return code(*arguments, **on_cpu)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jittor, "code", emulated)
+        yield ops
 
 
 def numerical_gradient(f, x: np.ndarray) -> np.ndarray:
@@ -206,6 +229,14 @@ def test_causal_attention_of_a_real_size(ops, agree):
           lambda x: ops.plain_causal_attention(x, lengths), None, qkv)
 
 
+def test_causal_attention_of_growing_scores(ops, agree):
+    """On CUDA keys come by 64, as do a head's numbers: the largest score changes on the way."""
+    qkv = np.random.default_rng(0).normal(size=(150, 3, 1, 70))
+    qkv[:, 1] *= np.arange(150)[:, None, None] / 30
+    agree(lambda x: ops.causal_attention(x, [150]), lambda x: ops.plain_causal_attention(x, [150]),
+          None, qkv)
+
+
 def test_causal_attention_of_large_scores(ops, jittor):
     qkv = np.random.default_rng(0).normal(scale=60, size=(9, 3, 2, 8)).astype(np.float32)
     for function in (ops.causal_attention, ops.plain_causal_attention):
@@ -223,7 +254,7 @@ def test_softmax_gives_no_weight_to_masked_scores(ops, jittor):
 
 
 @pytest.mark.parametrize("query_len, rows", [([4], [1, 1, 1]), ([1, 5, 3], [6, 6, 6]),
-                                             ([2, 7], [3, 6, 1])])
+                                             ([2, 7], [3, 6, 1]), ([70, 130], [4, 3])])
 def test_beam_attention(ops, jittor, query_len, rows):
     """Three steps in which rows die, double and change places; ``rows`` of each step."""
     random = np.random.default_rng(sum(rows))

@@ -1,9 +1,14 @@
 """Operators that Jittor's own are too slow for on the CPU, forward and backward.
 
 There Jittor runs element-wise loops, reductions and batched matrix products on one thread and in
-several passes over memory. Each operator here is one parallel pass in C++. On CUDA, where Jittor
-is fast, and as the reference in tests, the ``plain_`` twin beside each is used, made of Jittor's
-own operators. All tensors are float32.
+several passes over memory. Each operator here is one parallel pass in C++. The ``plain_`` twin
+beside each, made of Jittor's own operators, is the reference in tests, and what is used on CUDA.
+
+Each but linear and pack_weight has CUDA kernels, too, which the environment variable
+``OPS_CUDA=kernels`` turns on (``OPS_CUDA=plain``, the default, leaves them off). nvcc compiles
+them, and tests run their text on the CPU with a GPU's threads emulated, but no GPU has run them
+yet: tests/test_cuda.py does where there is one. dropout, the same mask on every device, is always
+our own. All tensors are float32.
 """
 
 from ops.adamw import adamw_update, plain_adamw_update

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jittor as jt
 
-from ops.native import run
+from ops.native import run, wants_plain
 
 # in0: weight, in1: gradient, in2: m, in3: v; the outputs: what weight, m and v become
 _UPDATE = r"""
@@ -17,17 +17,36 @@ _UPDATE = r"""
         out0_p[i] = moved - decay * moved;
     }
 """
+_CUDA = (r"""
+    __global__ static void update(const float* weight, const float* gradient, const float* m_before,
+                                  const float* v_before, int64_t count, float beta1, float rest1,
+                                  float beta2, float rest2, float epsilon, float step_size,
+                                  float decay, float* weight_after, float* m_after,
+                                  float* v_after) {
+        const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+        if (i >= count) return;
+        const float g = gradient[i];
+        const float m = m_after[i] = beta1 * m_before[i] + rest1 * g;
+        const float v = v_after[i] = beta2 * v_before[i] + rest2 * g * g;
+        const float moved = weight[i] - step_size * m / (sqrtf(v) + epsilon);
+        weight_after[i] = moved - decay * moved;
+    }
+""", r"""
+    update<<<blocks_for(in0->num), THREADS>>>(
+        in0_p, in1_p, in2_p, in3_p, in0->num, beta1, rest1, beta2, rest2, epsilon, step_size,
+        decay, out0_p, out1_p, out2_p);
+""")
 
 
 def adamw_update(weight: jt.Var, gradient: jt.Var, m: jt.Var, v: jt.Var, *, beta1: float,
                  beta2: float, epsilon: float, step_size: float,
                  decay: float) -> tuple[jt.Var, jt.Var, jt.Var]:
     """(weight, m, v) after an update; all of one shape, ``decay`` the share that weight loses."""
-    if jt.flags.use_cuda:
+    if wants_plain():
         return plain_adamw_update(weight, gradient, m, v, beta1=beta1, beta2=beta2,
                                   epsilon=epsilon, step_size=step_size, decay=decay)
-    return tuple(run([weight.shape] * 3, [weight, gradient, m, v], _UPDATE, beta1=beta1,
-                     rest1=1 - beta1, beta2=beta2, rest2=1 - beta2, epsilon=epsilon,
+    return tuple(run([weight.shape] * 3, [weight, gradient, m, v], _UPDATE, cuda=_CUDA,
+                     beta1=beta1, rest1=1 - beta1, beta2=beta2, rest2=1 - beta2, epsilon=epsilon,
                      step_size=float(step_size), decay=float(decay)))
 
 

@@ -8,7 +8,7 @@ from typing import Sequence
 import jittor as jt
 import numpy as np
 
-from ops.native import run
+from ops.native import run, wants_plain
 
 MASKED = -1e10  # a score that softmax turns into exactly 0; infinities do not survive -Ofast
 
@@ -52,6 +52,119 @@ _HEADER = r"""
         for (; d < D; d++) to[d] += weight * from[d];
     }
 """
+# On CUDA a block works on a head of a token. A value stands C = H * D numbers behind its key.
+_KERNELS = r"""
+    const int ATTENTION_THREADS = 64;  // as many as a head is deep, and about as many as keys
+
+    __device__ static float inner(const float* a, const float* b, int D) {
+        float sum = 0;
+        for (int d = 0; d < D; d++) sum += a[d] * b[d];
+        return sum;
+    }
+    // y becomes the mixture of n values, each weighted by what q thinks of its key; returns the
+    // log of the sum of exponents. Keys come by pieces of a block's threads, and what was summed
+    // so far shrinks where a larger score comes (Milakov & Gimelshein, 2018).
+    template <class Keys>
+    __device__ static float attend(const float* q, Keys key, int n, int C, int D, float* y) {
+        __shared__ float weights[ATTENTION_THREADS];
+        const int t = threadIdx.x;
+        const float scale = 1 / sqrtf((float)D);
+        float high = -1e30f, sum = 0;
+        for (int d = t; d < D; d += ATTENTION_THREADS) y[d] = 0;
+        for (int begin = 0; begin < n; begin += ATTENTION_THREADS) {
+            const int count = min(ATTENTION_THREADS, n - begin);
+            const float score = t < count ? inner(q, key(begin + t), D) * scale : -1e30f;
+            const float higher = fmaxf(high, max_of(score)), shrink = expf(high - higher);
+            const float weight = t < count ? expf(score - higher) : 0;
+            weights[t] = weight;  // the piece before has been read: max_of waited for all threads
+            sum = sum * shrink + sum_of(weight);
+            high = higher;
+            for (int d = t; d < D; d += ATTENTION_THREADS) {
+                float mixed = y[d] * shrink;
+                for (int j = 0; j < count; j++) mixed += weights[j] * key(begin + j)[C + d];
+                y[d] = mixed;
+            }
+        }
+        for (int d = t; d < D; d += ATTENTION_THREADS) y[d] /= sum;
+        return high + logf(sum);
+    }
+"""
+_CAUSAL_KERNELS = _KERNELS + r"""
+    __device__ static int sequence_of(int token, const int* starts) {
+        int b = 0;
+        while (starts[b + 1] <= token) b++;
+        return b;
+    }
+    struct Neighbours {
+        const float* first;
+        int stride;
+        __device__ const float* operator()(int j) const { return first + (int64_t)j * stride; }
+    };
+    __global__ static void attention(const float* qkv, const int* starts, int H, int D,
+                                     float* mixed, float* log_sums) {
+        const int i = blockIdx.x, h = blockIdx.y, C = H * D;
+        const int first = starts[sequence_of(i, starts)];
+        const float* q = qkv + (int64_t)i * 3 * C + h * D;
+        const Neighbours keys = {qkv + ((int64_t)first * 3 + 1) * C + h * D, 3 * C};
+        const float lse = attend(q, keys, i - first + 1, C, D, mixed + (int64_t)i * C + h * D);
+        if (threadIdx.x == 0) log_sums[(int64_t)i * H + h] = lse;
+    }
+
+    struct Slopes { float p, g; };  // a probability, the gradient of its score
+    struct Head {  // pointers to the head's numbers of token 0
+        const float *qkv, *mixed, *log_sums, *grad;
+        int H, D;
+        __device__ const float* part(int64_t token, int which) const {
+            return qkv + (token * 3 + which) * H * D;
+        }
+        __device__ Slopes slopes(int64_t i, int64_t j) const {  // of query i for key j
+            const float scale = 1 / sqrtf((float)D), *dy = grad + i * H * D;
+            const float mean = inner(dy, mixed + i * H * D, D);
+            const float p = expf(inner(part(i, 0), part(j, 1), D) * scale - log_sums[i * H]);
+            return {p, p * (inner(dy, part(j, 2), D) - mean) * scale};
+        }
+    };
+    __global__ static void grad_attention(const float* qkv, const int* starts, const float* mixed,
+                                          const float* log_sums, const float* grad, int H, int D,
+                                          float* grad_qkv) {
+        __shared__ Slopes slopes[ATTENTION_THREADS];
+        const int token = blockIdx.x, h = blockIdx.y, C = H * D, t = threadIdx.x;
+        const int b = sequence_of(token, starts), first = starts[b], end = starts[b + 1];
+        const Head head = {qkv + h * D, mixed + h * D, log_sums + h, grad + h * D, H, D};
+        float* dq = grad_qkv + (int64_t)token * 3 * C + h * D;
+        float *dk = dq + C, *dv = dk + C;
+        for (int d = t; d < D; d += ATTENTION_THREADS) dq[d] = dk[d] = dv[d] = 0;
+        for (int begin = first; begin <= token; begin += ATTENTION_THREADS) {  // as a query
+            const int count = min(ATTENTION_THREADS, token + 1 - begin);
+            __syncthreads();  // the piece before has been read
+            if (t < count) slopes[t] = head.slopes(token, begin + t);
+            __syncthreads();
+            for (int d = t; d < D; d += ATTENTION_THREADS)
+                for (int j = 0; j < count; j++)
+                    dq[d] += slopes[j].g * head.part(begin + j, 1)[d];
+        }
+        for (int begin = token; begin < end; begin += ATTENTION_THREADS) {  // as a key
+            const int count = min(ATTENTION_THREADS, end - begin);
+            __syncthreads();
+            if (t < count) slopes[t] = head.slopes(begin + t, token);
+            __syncthreads();
+            for (int d = t; d < D; d += ATTENTION_THREADS)
+                for (int i = 0; i < count; i++) {
+                    dk[d] += slopes[i].g * head.part(begin + i, 0)[d];
+                    dv[d] += slopes[i].p * head.grad[(int64_t)(begin + i) * C + d];
+                }
+        }
+    }
+"""
+_ATTENTION_CUDA = (_CAUSAL_KERNELS, r"""
+    const dim3 grid(in0_shape0, in0_shape2);
+    attention<<<grid, ATTENTION_THREADS>>>(in0_p, in1_p, in0_shape2, in0_shape3, out0_p, out1_p);
+""")
+_GRAD_CUDA = (_CAUSAL_KERNELS, r"""
+    const dim3 grid(in0_shape0, in0_shape2);
+    grad_attention<<<grid, ATTENTION_THREADS>>>(in0_p, in1_p, in2_p, in3_p, in4_p, in0_shape2,
+                                                in0_shape3, out0_p);
+""")
 # in0: qkv (N, 3, H, D), in1: starts (B + 1), where the sequences begin and the last one ends.
 # Outputs: mixed values (N, H, D); log of the sum of exponents (N, H)
 _ATTENTION = r"""
@@ -122,13 +235,13 @@ class _CausalAttention(jt.Function):
         # The loops over a head's depth are short: the compiler should know it.
         self.depth = f"const int D = {depth};\n"
         mixed, log_sums = run([(tokens, heads, depth), (tokens, heads)], [qkv, starts],
-                              self.depth + _ATTENTION, _HEADER)
+                              self.depth + _ATTENTION, _HEADER, _ATTENTION_CUDA)
         self.saved = qkv, starts, mixed, log_sums
         return mixed
 
     def grad(self, grad_mixed):
         return run(self.saved[0].shape, [*self.saved, grad_mixed], self.depth + _GRAD,
-                   _HEADER), None
+                   _HEADER, _GRAD_CUDA), None
 
 
 def causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
@@ -137,7 +250,7 @@ def causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
     qkv (N, 3, H, D) holds query, key and value of each head, the sequences of the given
     ``lengths``, N in all, one behind the other -> (N, H, D).
     """
-    if jt.flags.use_cuda:
+    if wants_plain():
         return plain_causal_attention(qkv, lengths)
     return _CausalAttention.apply(qkv, list(lengths))
 
@@ -198,6 +311,39 @@ _BEAM_ATTENTION = r"""
         }
     }
 """
+_BEAM_CUDA = (_KERNELS + r"""
+    __global__ static void keep(const float* qkv, int C, float* fresh) {
+        const float* from = qkv + ((int64_t)blockIdx.x * 3 + 1) * C;
+        float* to = fresh + (int64_t)blockIdx.x * 2 * C;
+        for (int c = threadIdx.x; c < 2 * C; c += THREADS) to[c] = from[c];
+    }
+    struct Past {  // a row's query, then its ancestors
+        const float *prefix, *store;  // the head's first key in each
+        const int* ancestors;  // the row's first
+        int begin, seen, widest, rows, C;
+        __device__ const float* operator()(int j) const {
+            if (j < seen) return prefix + (int64_t)(begin + j) * 3 * C;
+            j -= seen;
+            return store + ((int64_t)j * widest + ancestors[(int64_t)j * rows]) * 2 * C;
+        }
+    };
+    __global__ static void attention(const float* qkv, const float* prefix, const int* spans,
+                                     const float* store, const int* ancestors, int H, int D,
+                                     int widest, int steps, float* mixed) {
+        const int row = blockIdx.x, h = blockIdx.y, rows = gridDim.x, C = H * D;
+        const int begin = spans[2 * row], seen = spans[2 * row + 1] - begin;
+        const Past keys = {prefix + C + h * D, store + h * D, ancestors + row,
+                           begin, seen, widest, rows, C};
+        attend(qkv + (int64_t)row * 3 * C + h * D, keys, seen + steps, C, D,
+               mixed + (int64_t)row * C + h * D);
+    }
+""", r"""
+    const int R = in0_shape0, H = in0_shape2, D = in0_shape3, widest = in3_shape1;
+    const int steps = in4_shape0, C = H * D;
+    keep<<<R, THREADS>>>(in0_p, C, in3_p + (int64)(steps - 1) * widest * 2 * C);
+    attention<<<dim3(R, H), ATTENTION_THREADS>>>(in0_p, in1_p, in2_p, in3_p, in4_p, H, D, widest,
+                                                 steps, out0_p);
+""")
 
 
 def beam_attention(qkv: jt.Var, prefix: jt.Var, spans: jt.Var, store: jt.Var | None,
@@ -209,15 +355,15 @@ def beam_attention(qkv: jt.Var, prefix: jt.Var, spans: jt.Var, store: jt.Var | N
     (t + 1, R) int32 names for each step and row the row of that step it descends from, itself at
     last. store, what this function returned a step ago (None at first), holds keys and values of
     at most ``capacity`` steps of at most ``widest`` rows. Returns (R, H, D) and the store, which
-    on the CPU is one buffer that is written in place: fetch a step's result before the next.
+    here is one buffer that is written in place: fetch a step's result before the next.
     """
     rows, _, heads, depth = qkv.shape
-    if jt.flags.use_cuda:
+    if wants_plain():
         return plain_beam_attention(qkv, prefix, spans, store, ancestors, capacity, widest)
     if store is None:
         store = jt.empty((capacity, widest, 2, heads, depth), "float32")
     mixed = run((rows, heads, depth), [qkv, prefix, spans, store, ancestors],
-                f"const int D = {depth};\n" + _BEAM_ATTENTION, _HEADER)
+                f"const int D = {depth};\n" + _BEAM_ATTENTION, _HEADER, _BEAM_CUDA)
     return mixed, store
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jittor as jt
 
-from ops.native import run
+from ops.native import run, wants_plain
 
 _NORM = r"""
     #pragma omp parallel for
@@ -51,25 +51,84 @@ _GRAD_WEIGHTS = r"""
             }
     }
 """
+# A block for each row; for the weights' gradients one for each 32 columns, 8 threads a column.
+_KERNELS = r"""
+    __global__ static void norm(const float* in, const float* weight, const float* bias, int C,
+                                float epsilon, float* out, float* moments) {
+        const int n = blockIdx.x;
+        const float* x = in + (int64_t)n * C;
+        float sum = 0, squares = 0;
+        for (int c = threadIdx.x; c < C; c += THREADS) sum += x[c];
+        const float mean = sum_of(sum) / C;
+        for (int c = threadIdx.x; c < C; c += THREADS) squares += (x[c] - mean) * (x[c] - mean);
+        const float scale = 1 / sqrtf(sum_of(squares) / C + epsilon);
+        for (int c = threadIdx.x; c < C; c += THREADS)
+            out[(int64_t)n * C + c] = (x[c] - mean) * scale * weight[c] + bias[c];
+        if (threadIdx.x) return;
+        moments[2 * n] = mean;
+        moments[2 * n + 1] = scale;
+    }
+    __global__ static void grad_norm(const float* in, const float* w, const float* moments,
+                                     const float* grad, int C, float* grad_in) {
+        const int n = blockIdx.x;
+        const float *x = in + (int64_t)n * C, *dy = grad + (int64_t)n * C;
+        const float mean = moments[2 * n], scale = moments[2 * n + 1];
+        float sum = 0, dot = 0;
+        for (int c = threadIdx.x; c < C; c += THREADS) {
+            sum += dy[c] * w[c];
+            dot += dy[c] * w[c] * (x[c] - mean);
+        }
+        sum = sum_of(sum) / C;
+        dot = sum_of(dot) * scale * scale / C;
+        for (int c = threadIdx.x; c < C; c += THREADS)
+            grad_in[(int64_t)n * C + c] = scale * (dy[c] * w[c] - sum - (x[c] - mean) * dot);
+    }
+    __global__ static void grad_weights(const float* x, const float* moments, const float* grad,
+                                        int N, int C, float* grad_weight, float* grad_bias) {
+        const int c = blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
+        float weight = 0, bias = 0;
+        for (int n = threadIdx.x / COLUMNS; n < N && c < C; n += THREADS / COLUMNS) {
+            const float dy = grad[(int64_t)n * C + c];
+            weight += dy * (x[(int64_t)n * C + c] - moments[2 * n]) * moments[2 * n + 1];
+            bias += dy;
+        }
+        weight = sum_of(weight, COLUMNS);
+        bias = sum_of(bias, COLUMNS);
+        if (threadIdx.x >= COLUMNS || c >= C) return;
+        grad_weight[c] = weight;
+        grad_bias[c] = bias;
+    }
+"""
+_CUDA = (_KERNELS, r"""
+    norm<<<in0_shape0, THREADS>>>(in0_p, in1_p, in2_p, in0_shape1, epsilon, out0_p, out1_p);
+""")
+_GRAD_X_CUDA = (_KERNELS, r"""
+    grad_norm<<<in0_shape0, THREADS>>>(in0_p, in1_p, in2_p, in3_p, in0_shape1, out0_p);
+""")
+_GRAD_WEIGHTS_CUDA = (_KERNELS, r"""
+    grad_weights<<<(in0_shape1 + COLUMNS - 1) / COLUMNS, THREADS>>>(
+        in0_p, in1_p, in2_p, in0_shape0, in0_shape1, out0_p, out1_p);
+""")
 
 
 class _LayerNorm(jt.Function):
     def execute(self, x, weight, bias, epsilon):
-        y, moments = run([x.shape, (x.shape[0], 2)], [x, weight, bias], _NORM, epsilon=epsilon)
+        y, moments = run([x.shape, (x.shape[0], 2)], [x, weight, bias], _NORM, cuda=_CUDA,
+                         epsilon=float(epsilon))
         self.saved = x, weight, moments
         return y
 
     def grad(self, grad_y):
         x, weight, moments = self.saved
-        grad_x = run(x.shape, [x, weight, moments, grad_y], _GRAD_X)
+        grad_x = run(x.shape, [x, weight, moments, grad_y], _GRAD_X, cuda=_GRAD_X_CUDA)
         grad_weight, grad_bias = run([weight.shape, weight.shape], [x, moments, grad_y],
-                                     _GRAD_WEIGHTS)
+                                     _GRAD_WEIGHTS, cuda=_GRAD_WEIGHTS_CUDA)
         return grad_x, grad_weight, grad_bias, None
 
 
 def layer_norm(x: jt.Var, weight: jt.Var, bias: jt.Var, epsilon: float) -> jt.Var:
     """Each row of x (N, C) to mean 0 and variance 1, then times weight (C,) plus bias (C,)."""
-    if jt.flags.use_cuda:
+    if wants_plain():
         return plain_layer_norm(x, weight, bias, epsilon)
     return _LayerNorm.apply(x, weight, bias, epsilon)
 

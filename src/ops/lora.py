@@ -5,7 +5,7 @@ from __future__ import annotations
 import jittor as jt
 import numpy as np
 
-from ops.native import run
+from ops.native import run, wants_plain
 
 # Columns are what there are many of: all loops run along them, over lora_B transposed.
 _HEADER = r"""
@@ -68,6 +68,69 @@ _GRAD_B = r"""
             for (int r = 0; r < R; r++) up[c * R + r] = sums[r * count + c];
     }
 """
+# Inputs as above. Forward a thread for each number; the gradient of low a block for each row,
+# that of lora_B a block for each 32 columns and each r, 8 threads a column.
+_KERNELS = r"""
+    __global__ static void up(const float* y, const float* bias, const float* low, const float* B,
+                              const int* columns, int64_t count, int C, int R, int groups,
+                              int width, float scaling, float* out) {
+        const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, n = i / C;
+        if (i >= count) return;
+        const int c = i % C;
+        float sum = 0;
+        for (int group = 0; group < groups; group++) {
+            const int column = c - columns[group];
+            if (column < 0 || column >= width) continue;
+            for (int r = 0; r < R; r++)
+                sum += low[(n * groups + group) * R + r] * B[(group * width + column) * R + r];
+        }
+        out[i] = y[i] + bias[c] + sum * scaling;
+    }
+    __global__ static void grad_of_low(const float* grad, const float* B, const int* columns,
+                                       int C, int R, int groups, int width, float scaling,
+                                       float* grad_low) {
+        const int64_t n = blockIdx.x;
+        for (int item = 0; item < groups * R; item++) {
+            const int group = item / R, r = item % R;
+            const float* g = grad + n * C + columns[group];
+            float sum = 0;
+            for (int c = threadIdx.x; c < width; c += THREADS)
+                sum += g[c] * B[(group * width + c) * R + r];
+            sum = sum_of(sum);
+            if (threadIdx.x == 0) grad_low[n * groups * R + item] = sum * scaling;
+        }
+    }
+    __global__ static void grad_of_B(const float* grad, const float* low, const int* columns,
+                                     int N, int C, int R, int groups, int width, float scaling,
+                                     float* grad_B) {
+        const int row = blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;  // of B
+        const int group = row / width, r = blockIdx.y;
+        const bool real = group < groups;
+        const int c = real ? columns[group] + row % width : 0;
+        float sum = 0;
+        for (int64_t n = threadIdx.x / COLUMNS; n < N && real; n += THREADS / COLUMNS)
+            sum += low[(n * groups + group) * R + r] * grad[n * C + c];
+        sum = sum_of(sum, COLUMNS);
+        if (threadIdx.x < COLUMNS && real) grad_B[row * R + r] = sum * scaling;
+    }
+"""
+_CUDA = (_KERNELS, r"""
+    const int groups = in4_shape0;
+    up<<<blocks_for(in0->num), THREADS>>>(
+        in0_p, in1_p, in2_p, in3_p, in4_p, in0->num, in0_shape1, in3_shape1, groups,
+        in3_shape0 / groups, scaling, out0_p);
+""")
+_GRAD_LOW_CUDA = (_KERNELS, r"""
+    const int groups = in3_shape0;
+    grad_of_low<<<in0_shape0, THREADS>>>(in0_p, in2_p, in3_p, in0_shape1, in2_shape1, groups,
+                                         in2_shape0 / groups, scaling, out0_p);
+""")
+_GRAD_B_CUDA = (_KERNELS, r"""
+    const int groups = in3_shape0;
+    const dim3 grid((in2_shape0 + COLUMNS - 1) / COLUMNS, in2_shape1);
+    grad_of_B<<<grid, THREADS>>>(in0_p, in1_p, in3_p, in0_shape0, in0_shape1, in2_shape1, groups,
+                                 in2_shape0 / groups, scaling, out0_p);
+""")
 
 
 class _LoRAUp(jt.Function):
@@ -75,13 +138,14 @@ class _LoRAUp(jt.Function):
         columns = jt.array(np.int32(columns))
         self.saved = [low, lora_B, columns], scaling
         return run(y.shape, [y, bias, low, lora_B, columns], _LORA_UP, _HEADER,
-                   scaling=float(scaling))
+                   _CUDA, scaling=float(scaling))
 
     def grad(self, grad):
         inputs, scaling = self.saved
-        grad_low, grad_B = (run(inputs[i].shape, [grad, *inputs], source, _HEADER,
+        grad_low, grad_B = (run(inputs[i].shape, [grad, *inputs], source, _HEADER, cuda,
                                 scaling=float(scaling))
-                            for i, source in enumerate((_GRAD_LOW, _GRAD_B)))
+                            for i, (source, cuda) in enumerate(((_GRAD_LOW, _GRAD_LOW_CUDA),
+                                                                (_GRAD_B, _GRAD_B_CUDA))))
         return grad, grad.sum(dim=0), grad_low, grad_B, None, None
 
 
@@ -91,7 +155,7 @@ def lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float
 
     low (N, r * groups), lora_B (width * groups, r); group g adds its (N, width) from columns[g] on.
     """
-    if jt.flags.use_cuda:
+    if wants_plain():
         return plain_lora_up(y, bias, low, lora_B, scaling, columns)
     return _LoRAUp.apply(y, bias, low, lora_B, scaling, columns)
 
@@ -124,14 +188,15 @@ _DROPOUT_CPU = r"""
     #pragma omp parallel for
     for (int64 i = 0; i < in0->num; i++) out0_p[i] = in0_p[i] * keep_scale(i, seed, p);
 """
-_DROPOUT_CUDA = r"""
-    __global__ static void dropout(@ARGS_DEF, int64 count, uint32_t seed, float p) {
-        @PRECALC
-        int64 i = blockIdx.x * (int64)blockDim.x + threadIdx.x;
-        if (i < count) out0_p[i] = in0_p[i] * keep_scale(i, seed, p);
+_DROPOUT_CUDA = (_KEEP.replace("QUALIFIER", "__device__") + r"""
+    __global__ static void dropout(const float* x, int64_t count, uint32_t seed, float p,
+                                   float* y) {
+        const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+        if (i < count) y[i] = x[i] * keep_scale(i, seed, p);
     }
-    dropout<<<(in0->num + 255) / 256, 256>>>(@ARGS, in0->num, seed, p);
-"""
+""", r"""
+    dropout<<<blocks_for(in0->num), THREADS>>>(in0_p, in0->num, seed, p, out0_p);
+""")
 
 
 class _Dropout(jt.Function):
@@ -144,8 +209,7 @@ class _Dropout(jt.Function):
 
     def _masked(self, x):
         return run(x.shape, [x], _DROPOUT_CPU, _KEEP.replace("QUALIFIER", ""),
-                   cuda=(_KEEP.replace("QUALIFIER", "__device__"), _DROPOUT_CUDA),
-                   **self.settings)
+                   _DROPOUT_CUDA, **self.settings)
 
 
 def dropout(x: jt.Var, p: float, seed: int) -> jt.Var:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jittor as jt
 
-from ops.native import run
+from ops.native import run, wants_plain
 
 _LOSS = r"""
     #pragma omp parallel for
@@ -28,19 +28,52 @@ _GRAD = r"""
         dx[in1_p[n]] -= g * (1 - smooth);
     }
 """
+# A block for each row.
+_KERNELS = r"""
+    __global__ static void losses(const float* logits, const int* target, int V, float smooth,
+                                  float* loss, float* log_sum) {
+        const int n = blockIdx.x;
+        const float* x = logits + (int64_t)n * V;
+        float high = -1e30f, sum = 0, exp_sum = 0;
+        for (int v = threadIdx.x; v < V; v += THREADS) { high = fmaxf(high, x[v]); sum += x[v]; }
+        high = max_of(high);
+        sum = sum_of(sum);
+        for (int v = threadIdx.x; v < V; v += THREADS) exp_sum += expf(x[v] - high);
+        const float lse = high + logf(sum_of(exp_sum));
+        if (threadIdx.x) return;
+        loss[n] = lse - (1 - smooth) * x[target[n]] - smooth * sum / V;
+        log_sum[n] = lse;
+    }
+    __global__ static void grad_logits(const float* logits, const int* target,
+                                       const float* log_sum, const float* grad, int V,
+                                       float smooth, float* grad_x) {
+        const int n = blockIdx.x;
+        const float *x = logits + (int64_t)n * V, lse = log_sum[n], g = grad[n];
+        float* dx = grad_x + (int64_t)n * V;
+        for (int v = threadIdx.x; v < V; v += THREADS)
+            dx[v] = g * (expf(x[v] - lse) - smooth / V - (v == target[n] ? 1 - smooth : 0));
+    }
+"""
+_CUDA = (_KERNELS, r"""
+    losses<<<in0_shape0, THREADS>>>(in0_p, in1_p, in0_shape1, smooth, out0_p, out1_p);
+""")
+_GRAD_CUDA = (_KERNELS, r"""
+    grad_logits<<<in0_shape0, THREADS>>>(in0_p, in1_p, in2_p, in3_p, in0_shape1, smooth, out0_p);
+""")
 
 
 class _CrossEntropy(jt.Function):
     def execute(self, logits, target, label_smooth):
         rows = (logits.shape[0],)
-        loss, lse = run([rows, rows], [logits, target], _LOSS, smooth=float(label_smooth))
+        loss, lse = run([rows, rows], [logits, target], _LOSS, cuda=_CUDA,
+                        smooth=float(label_smooth))
         self.saved = logits, target, lse, label_smooth
         return loss
 
     def grad(self, grad_loss):
         logits, target, lse, label_smooth = self.saved
         return run(logits.shape, [logits, target, lse, grad_loss], _GRAD,
-                   smooth=float(label_smooth)), None, None
+                   cuda=_GRAD_CUDA, smooth=float(label_smooth)), None, None
 
 
 def cross_entropy(logits: jt.Var, target: jt.Var, label_smooth: float = 0.0) -> jt.Var:
@@ -48,7 +81,7 @@ def cross_entropy(logits: jt.Var, target: jt.Var, label_smooth: float = 0.0) -> 
 
     logits (N, V) float32, target (N,) int32 in [0, V) -> (N,).
     """
-    if jt.flags.use_cuda:
+    if wants_plain():
         return plain_cross_entropy(logits, target, label_smooth)
     return _CrossEntropy.apply(logits, target, label_smooth)
 

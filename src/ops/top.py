@@ -7,20 +7,20 @@ from typing import Sequence
 import jittor as jt
 import numpy as np
 
-from ops.native import HEADER
+from ops.native import run, wants_plain
 
 Places = Sequence[tuple[int, int]]  # (row, token)
 
-# in0: logits (N, V), changed in place; in1: seen, in2: forbidden, places as row * V + token.
+# in0: logits (N, V), changed in place; in1: places as row * V + token, those seen come first.
 # Outputs: values (N, k), tokens (N, k) by token
 _TOP = r"""
     const int V = in0_shape1, k = out0_shape1;
-    const float penalty = data["penalty"], low = -1e30f;
-    for (int i = 0; i < in1_shape0; i++) {
+    const float low = -1e30f;
+    for (int i = 0; i < seen; i++) {
         float& x = in0_p[in1_p[i]];
         x = x < 0 ? x * penalty : x / penalty;
     }
-    for (int i = 0; i < in2_shape0; i++) in0_p[in2_p[i]] = low;
+    for (int i = seen; i < places; i++) in0_p[in1_p[i]] = low;
     #pragma omp parallel for
     for (int n = 0; n < in0_shape0; n++) {
         const float* x = in0_p + (int64)n * V;
@@ -51,6 +51,60 @@ _TOP = r"""
         }
     }
 """
+# On CUDA a block works on a row and reads it k + 1 times: it seeks the largest number, then the
+# largest behind that one, and so on.
+_CUDA = (r"""
+    const float LOW = -1e30f;
+
+    __global__ static void change(float* logits, const int* places, int begin, int end,
+                                  bool forbid, float penalty) {
+        const int i = begin + blockIdx.x * THREADS + threadIdx.x;
+        if (i >= end) return;
+        const float x = logits[places[i]];
+        logits[places[i]] = forbid ? LOW : x < 0 ? x * penalty : x / penalty;
+    }
+    struct Pick { float value; int token; };
+    __device__ static bool precedes(Pick a, Pick b) {
+        return a.value > b.value || (a.value == b.value && a.token < b.token);
+    }
+    struct First {
+        __device__ Pick operator()(Pick a, Pick b) const { return precedes(a, b) ? a : b; }
+    };
+    __global__ static void top(const float* logits, int V, int k, float* values, int* tokens) {
+        const float* x = logits + (int64_t)blockIdx.x * V;
+        values += (int64_t)blockIdx.x * k;
+        tokens += (int64_t)blockIdx.x * k;
+        Pick last = {-2 * LOW, -1};
+        float log_sum = 0;
+        for (int found = 0; found < k; found++) {
+            Pick best = {2 * LOW, V};
+            for (int v = threadIdx.x; v < V; v += THREADS) {
+                const Pick pick = {x[v], v};
+                if (precedes(last, pick) && precedes(pick, best)) best = pick;
+            }
+            last = reduce(best, First());
+            if (found == 0) {
+                float sum = 0;
+                for (int v = threadIdx.x; v < V; v += THREADS) sum += expf(x[v] - last.value);
+                log_sum = logf(sum_of(sum)) + last.value;
+            }
+            if (threadIdx.x) continue;
+            int place = found;  // by token
+            for (; place && tokens[place - 1] > last.token; place--) {
+                tokens[place] = tokens[place - 1];
+                values[place] = values[place - 1];
+            }
+            tokens[place] = last.token;
+            values[place] = last.value == LOW ? LOW : last.value - log_sum;
+        }
+    }
+""", r"""
+    if (seen > 0)
+        change<<<blocks_for(seen), THREADS>>>(in0_p, in1_p, 0, seen, false, penalty);
+    if (places > seen)
+        change<<<blocks_for(places - seen), THREADS>>>(in0_p, in1_p, seen, places, true, penalty);
+    top<<<in0_shape0, THREADS>>>(in0_p, in0_shape1, out0_shape1, out0_p, out1_p);
+""")
 
 
 def top_log_probs(logits: jt.Var, k: int, forbidden: Places = (), seen: Places = (),
@@ -61,13 +115,14 @@ def top_log_probs(logits: jt.Var, k: int, forbidden: Places = (), seen: Places =
     positive ones divided) and those of places ``forbidden`` become -inf, in place. Returns (N, k)
     float32 and int32; of equal values, the first tokens are taken.
     """
-    if jt.flags.use_cuda:
+    if wants_plain():
         return plain_top_log_probs(logits.numpy(), k, forbidden, seen, repetition_penalty)
     rows, vocab = logits.shape
-    places = [jt.array(np.int64([row * vocab + token for row, token in some])).int64()
-              if some else jt.zeros((0,), "int64") for some in (seen, forbidden)]
-    values, tokens = jt.code([(rows, k)] * 2, ["float32", "int32"], [logits, *places],
-                             cpu_header=HEADER, cpu_src=_TOP, data={"penalty": repetition_penalty})
+    places = np.int32([row * vocab + token for row, token in [*seen, *forbidden]])
+    # An input must not be empty; how many places count is said apart.
+    values, tokens = run([(rows, k)] * 2, [logits, jt.array(np.append(places, np.int32(0)))],
+                         _TOP, cuda=_CUDA, dtypes=["float32", "int32"], seen=len(seen),
+                         places=len(places), penalty=float(repetition_penalty))
     values, tokens = values.numpy(), tokens.numpy()
     values[values < -1e29] = -np.inf  # infinities do not survive -Ofast
     return values, tokens
@@ -75,7 +130,7 @@ def top_log_probs(logits: jt.Var, k: int, forbidden: Places = (), seen: Places =
 
 def plain_top_log_probs(logits: np.ndarray, k: int, forbidden: Places = (), seen: Places = (),
                         repetition_penalty: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`top_log_probs` in NumPy."""
+    """:func:`top_log_probs` in NumPy, for which all logits have to come from the GPU."""
     for places, change in ((seen, lambda x: np.where(x < 0, x * repetition_penalty,
                                                      x / repetition_penalty)),
                            (forbidden, lambda x: -np.inf)):

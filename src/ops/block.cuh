@@ -1,0 +1,30 @@
+// What the CUDA kernels share: reductions over the threads of a block, by a tree in shared memory.
+// The order of additions is fixed, so results repeat themselves bit for bit.
+
+#include <cstdint>
+#include <stdexcept>
+
+const int THREADS = 256;  // at most, in a block; a power of two
+const int COLUMNS = 32;   // of a matrix whose rows are summed: neighbours in memory
+
+static inline int blocks_for(int64_t count) { return (count + THREADS - 1) / THREADS; }
+
+// combine() of the x of all threads whose index leaves the same remainder by `columns`.
+template <class T, class Combine>
+__device__ static T reduce(T x, Combine combine, int columns = 1) {
+    __shared__ T shared[THREADS];
+    const int t = threadIdx.x;
+    __syncthreads();  // the reduction before this one has been read
+    shared[t] = x;
+    for (int half = blockDim.x / 2; half >= columns; half /= 2) {
+        __syncthreads();
+        if (t < half) shared[t] = combine(shared[t], shared[t + half]);
+    }
+    __syncthreads();
+    return shared[t % columns];
+}
+
+struct Add { __device__ float operator()(float a, float b) const { return a + b; } };
+struct Larger { __device__ float operator()(float a, float b) const { return fmaxf(a, b); } };
+__device__ static float sum_of(float x, int columns = 1) { return reduce(x, Add(), columns); }
+__device__ static float max_of(float x) { return reduce(x, Larger()); }

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jittor as jt
 
+from cli import InputError
+
 HEADER = "#include <algorithm>\n#include <cmath>\n#include <cstdint>\n#include <vector>\n"
 GEMM = (Path(__file__).parent / "gemm.h").read_text(encoding="utf-8")
 BLOCK = (Path(__file__).parent / "block.cuh").read_text(encoding="utf-8")
@@ -16,12 +18,14 @@ _CHECK_LAUNCH = """
     if (cudaError_t error = cudaGetLastError()) throw std::runtime_error(cudaGetErrorString(error));
 """
 # The one switch between the operators' two forms on CUDA.
-CUDA_KERNELS = {"plain": False, "kernels": True}[os.environ.get("OPS_CUDA", "plain")]
+OPS_CUDA = os.environ.get("OPS_CUDA", "plain")
+if OPS_CUDA not in ("plain", "kernels"):
+    raise InputError(f"OPS_CUDA={OPS_CUDA}: neither plain nor kernels; unset it")
 
 
 def wants_plain() -> bool:
     """Whether an operator is to be its plain twin: on CUDA, unless OPS_CUDA=kernels is set."""
-    return bool(jt.flags.use_cuda) and not CUDA_KERNELS
+    return bool(jt.flags.use_cuda) and OPS_CUDA == "plain"
 
 
 def run(shape, inputs: list[jt.Var], source: str, header: str = "",

@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
                                      description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
-    parser.add_argument("--rounds", type=at_least(1), default=16, help="blocks of each side")
+    parser.add_argument("--rounds", type=at_least(1), default=12, help="blocks of each side")
     parser.add_argument("--block", type=at_least(1), default=4,
                         help="micro-batches a block; a multiple of grad_acc")
     parser.add_argument("--warm_up", type=at_least(1), default=10,
@@ -219,7 +219,8 @@ def describe(args: argparse.Namespace, results: dict) -> list[str]:
               f"{results['limit_gflops']:.0f} GFLOP/s:", ""]
     lines += report.table(
         ["GFLOP/s", *(f"({m}, {k}) x ({k}, {n})" for m, k, n in results["matmul_shapes"])],
-        [[{"ours": "jt.matmul or ops.linear, the faster", "align": "torch.mm"}[side], *(f"{s:.0f}" for s in speeds)]
+        [[{"ours": "jt.matmul or ops.linear", "align": "torch.mm"}[side],
+          *(f"{s:.0f}" for s in speeds)]
          for side, speeds in results["matmul_gflops"].items()])
     if "programs" in results:
         lines += [f"Whole runs of 4 micro-batches, warm cache, {args.runs} each in alternation:",

@@ -280,35 +280,47 @@ _BEAM_ATTENTION = r"""
     const int R = in0_shape0, H = in0_shape2, C = H * D, widest = in3_shape1, steps = in4_shape0;
     const float scale = 1 / std::sqrt((float)D);
     float* fresh = in3_p + (int64)(steps - 1) * widest * 2 * C;
-    #pragma omp parallel for
-    for (int row = 0; row < R; row++) {  // all heads of a key at once: it is one piece of memory
-        // The new key and value, which no other row needs in this step, go where later ones look.
-        std::copy_n(in0_p + ((int64)row * 3 + 1) * C, 2 * C, fresh + (int64)row * 2 * C);
-        const int begin = in2_p[2 * row], seen = in2_p[2 * row + 1] - begin, n = seen + steps;
-        const float* q = in0_p + (int64)row * 3 * C;
-        float* y = out0_p + (int64)row * C;
-        std::vector<float> p(H * n);  // (H, n)
-        auto key = [&](int j) -> const float* {
-            if (j < seen) return in1_p + ((int64)(begin + j) * 3 + 1) * C;
-            j -= seen;
-            return in3_p + ((int64)j * widest + in4_p[(int64)j * R + row]) * 2 * C;
+    std::vector<int> blocks;  // of at most 4 rows with one query, whose keys are read once for all
+    for (int row = 0; row < R; row++)
+        if (blocks.empty() || row - blocks.back() == 4
+                || in2_p[2 * row] != in2_p[2 * blocks.back()]) blocks.push_back(row);
+    blocks.push_back(R);
+    #pragma omp parallel for schedule(dynamic)
+    for (int block = 0; block < (int)blocks.size() - 1; block++) {
+        const int from = blocks[block], to = blocks[block + 1];
+        const int begin = in2_p[2 * from], seen = in2_p[2 * from + 1] - begin, n = seen + steps;
+        std::vector<float> p((int64)(to - from) * H * n);  // (rows, H, n)
+        auto scores = [&](int row, int j, const float* k) {  // of all heads, one piece of memory
+            const float* q = in0_p + (int64)row * 3 * C;
+            float* to = &p[(int64)(row - from) * H * n + j];
+            for (int h = 0; h < H; h++) to[h * n] = inner(q + h * D, k + h * D, D) * scale;
         };
-        for (int j = 0; j < n; j++) {
-            const float *k = key(j), *next = key(std::min(j + 1, n - 1));
-            for (int c = 0; c < 2 * C; c += 16) __builtin_prefetch(next + c);
-            for (int h = 0; h < H; h++) p[h * n + j] = inner(q + h * D, k + h * D, D) * scale;
+        auto mix = [&](int row, int j, const float* v) {
+            float *y = out0_p + (int64)row * C, *weights = &p[(int64)(row - from) * H * n + j];
+            for (int h = 0; h < H; h++) add_scaled(y + h * D, weights[h * n], v + h * D, D);
+        };
+        auto shared = [&](int j) { return in1_p + ((int64)(begin + j) * 3 + 1) * C; };
+        auto own = [&](int row, int step) {
+            return in3_p + ((int64)step * widest + in4_p[(int64)step * R + row]) * 2 * C;
+        };
+        for (int j = 0; j < seen; j++)
+            for (int row = from; row < to; row++) scores(row, j, shared(j));
+        for (int row = from; row < to; row++) {
+            // The new key and value, wanted by no other row yet, go where later steps look.
+            std::copy_n(in0_p + ((int64)row * 3 + 1) * C, 2 * C, fresh + (int64)row * 2 * C);
+            for (int step = 0; step < steps; step++) scores(row, seen + step, own(row, step));
         }
-        for (int h = 0; h < H; h++) {
-            float *weights = &p[h * n], high = -1e30f, sum = 0;
+        for (int64 i = 0; i < (int64)(to - from) * H; i++) {
+            float *weights = &p[i * n], high = -1e30f, sum = 0;
             for (int j = 0; j < n; j++) high = std::max(high, weights[j]);
             for (int j = 0; j < n; j++) sum += weights[j] = std::exp(weights[j] - high);
             for (int j = 0; j < n; j++) weights[j] /= sum;
         }
-        std::fill_n(y, C, 0.f);
-        for (int j = 0; j < n; j++) {
-            const float* v = key(j) + C;
-            for (int h = 0; h < H; h++) add_scaled(y + h * D, p[h * n + j], v + h * D, D);
-        }
+        std::fill_n(out0_p + (int64)from * C, (int64)(to - from) * C, 0.f);
+        for (int j = 0; j < seen; j++)
+            for (int row = from; row < to; row++) mix(row, j, shared(j) + C);
+        for (int row = from; row < to; row++)
+            for (int step = 0; step < steps; step++) mix(row, seen + step, own(row, step) + C);
     }
 """
 _BEAM_CUDA = (_KERNELS + r"""

@@ -30,7 +30,11 @@ _TOP = r"""
             const int end = std::min(begin + 256, V);
             float largest = low;
             for (int v = begin; v < end; v++) largest = std::max(largest, x[v]);
-            high = std::max(high, largest);
+            if (largest > high) {
+                sum *= std::exp(high - largest);
+                high = largest;
+            }
+            for (int v = begin; v < end; v++) sum += std::exp(x[v] - high);
             if (largest <= least) continue;
             for (int v = begin; v < end; v++) {
                 if (x[v] <= least) continue;
@@ -41,7 +45,6 @@ _TOP = r"""
                 if ((int)best.size() == k) least = best.back().first;
             }
         }
-        for (int v = 0; v < V; v++) sum += std::exp(x[v] - high);
         const float log_sum = std::log(sum) + high;
         std::sort(best.begin(), best.end(), [](const std::pair<float, int>& a,
                   const std::pair<float, int>& b) { return a.second < b.second; });

@@ -163,6 +163,7 @@ SIGNALS = """
 import os, signal, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 import backend
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 backend.start("cpu")
 child = subprocess.Popen(["sleep", "60"])
 child.kill()

@@ -8,8 +8,10 @@ in the same order, as each waits for the others. Process 0 alone writes files an
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # scripts without arrays need not wait for it
+    import numpy as np
 
 
 def started_by_mpirun() -> bool:
@@ -37,6 +39,7 @@ def total(variables: list) -> list:
     if world_size() == 1:
         return variables
     import jittor as jt
+    import numpy as np
 
     summed = jt.concat([x.reshape(-1) for x in variables], dim=0).mpi_all_reduce("add")
     ends = np.cumsum([x.numel() for x in variables])
@@ -57,4 +60,6 @@ def total_numbers(*numbers: float) -> list[float]:
     """The sums over all processes of a few numbers, in float32 where there are several."""
     if world_size() == 1:
         return list(numbers)
+    import numpy as np
+
     return [float(number) for number in total_array(np.array(numbers, np.float32))]

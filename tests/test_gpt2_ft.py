@@ -190,11 +190,13 @@ def test_token_outside_the_vocabulary(root, data, tmp_path):
 
 
 def test_completions_beyond_seq_len(root, data, base, tmp_path):
-    bad = tmp_path / "bad.jsonl"
+    bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
     bad.write_text('{"context": [1, 2, 3, 4], "completion": [5]}\n')
+    good.write_text('{"context": [1, 2], "completion": [5]}\n')
     fails(train(root, data, tmp_path / "out", "--train_data", bad, "--seq_len", 4),
           f"{bad}: no sample", "--seq_len 4")
-    fails(train(root, data, tmp_path / "out", "--valid_data", bad, "--seq_len", 4), f"{bad}: no")
+    fails(train(root, data, tmp_path / "out", "--train_data", good, "--valid_data", bad,
+                "--seq_len", 4), f"{bad}: no sample")
     assert not (tmp_path / "out").exists()
     bad.write_text(bad.read_text() + '{"context": [1, 2], "completion": [5]}\n')
     done = train(root, data, tmp_path / "out", "--train_data", bad, "--valid_data", bad,

@@ -163,10 +163,8 @@ class GPT2LMModel(nn.Module):
         """
         kept = np.arange(query.shape[1]) < np.asarray(query_len)[:, None]  # (B, Q)
         cache = KeyValueCache(self.config.n_layer, query_len, capacity, beams)
-        hidden = self.transformer(
-            _int32(query[kept]), _int32(np.nonzero(kept)[1]),
-            lambda layer, qkv: cache.layers[layer].read(qkv, query_len),
-            _int32(cache.spans[:, 1] - 1))  # (B, C)
+        hidden = self.transformer(_int32(query[kept]), _int32(np.nonzero(kept)[1]), cache.read,
+                                  _int32(cache.spans[:, 1] - 1))  # (B, C)
         return self.logits(hidden), cache
 
     def step(self, token_ids: np.ndarray, origin: np.ndarray, cache: KeyValueCache) -> jt.Var:
@@ -178,7 +176,7 @@ class GPT2LMModel(nn.Module):
         """
         cache.advance(np.asarray(origin))
         hidden = self.transformer(_int32(np.ravel(token_ids)), _int32(cache.positions),
-                                  lambda layer, qkv: cache.layers[layer].attend(qkv))
+                                  cache.attend)
         return self.logits(hidden)
 
 
@@ -191,10 +189,12 @@ class KeyValueCache:
 
     def __init__(self, n_layer: int, query_len: np.ndarray, capacity: int, beams: int):
         ends = np.cumsum(query_len)
+        self.query_len, self.capacity, self.widest = query_len, capacity, beams * len(ends)
         self.spans = np.stack([ends - query_len, ends], axis=1)  # (R, 2): a row's query in prefix
-        self.capacity, self.widest = capacity, beams * len(ends)
         self.ancestors = np.zeros((0, len(self.spans)), np.int32)  # (t, R): rows of the steps
-        self.layers = [LayerCache(self) for _ in range(n_layer)]
+        # Of each layer: query, key and value of the queries' tokens (P, 3, H, D); keys and values
+        # of generated tokens, see ops.beam_attention.
+        self.prefixes, self.stores = [None] * n_layer, [None] * n_layer
 
     @property
     def positions(self) -> np.ndarray:
@@ -208,25 +208,16 @@ class KeyValueCache:
         self.spans = self.spans[origin]
         self.ancestors_var, self.spans_var = _int32(self.ancestors), _int32(self.spans)
 
-
-class LayerCache:
-    """One layer's share of a KeyValueCache."""
-
-    def __init__(self, cache: KeyValueCache):
-        self.cache = cache
-        self.prefix = None  # (P, 3, H, D): query, key and value of the queries' tokens
-        self.store = None  # keys and values of generated tokens, see ops.beam_attention
-
-    def read(self, qkv: jt.Var, query_len: np.ndarray) -> jt.Var:
+    def read(self, layer: int, qkv: jt.Var) -> jt.Var:
         """The queries, one behind the other: qkv (P, 3, H, D) -> (P, H, D)."""
-        self.prefix = qkv
-        return ops.causal_attention(qkv, query_len)
+        self.prefixes[layer] = qkv
+        return ops.causal_attention(qkv, self.query_len)
 
-    def attend(self, qkv: jt.Var) -> jt.Var:
+    def attend(self, layer: int, qkv: jt.Var) -> jt.Var:
         """One new token for each row: qkv (R, 3, H, D) -> (R, H, D)."""
-        mixed, self.store = ops.beam_attention(
-            qkv, self.prefix, self.cache.spans_var, self.store, self.cache.ancestors_var,
-            self.cache.capacity, self.cache.widest)
+        mixed, self.stores[layer] = ops.beam_attention(
+            qkv, self.prefixes[layer], self.spans_var, self.stores[layer], self.ancestors_var,
+            self.capacity, self.widest)
         return mixed
 
 

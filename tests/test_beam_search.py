@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from types import SimpleNamespace
@@ -237,3 +238,18 @@ def test_real_model_against_pytorch(beam_search, small_model, torch_side):
     assert len(answers) == len(variants)  # every option had a say
     lengths = (truth["0"] >= 0).sum(axis=1)
     assert lengths.min() < 12  # some sequences ended
+
+
+def test_memory_of_a_search_is_given_back_at_once(beam_search, jittor, small_model):
+    """Of gigabytes of keys and values, none may wait for Python to look for cycles."""
+    model, queries = small_model(seed=6), [(3, 1, 4), (1, 5)]
+    options = beam_search.BeamOptions(beam=3, eval_len=4)
+    lived = []
+    gc.disable()
+    try:
+        for _ in range(3):
+            beam_search.predict(model, queries, options, 2)
+            lived.append(jittor.number_of_lived_vars())
+    finally:
+        gc.enable()
+    assert lived[0] == lived[1] == lived[2]

@@ -15,6 +15,7 @@ MASKED = -1e10  # a score that softmax turns into exactly 0; infinities do not s
 # Each thread works on a head of a sequence in memory of its own: in qkv, the rows of a head lie
 # kilobytes apart, and a first-level cache can hold only a few of those at once.
 _HEADER = r"""
+    #include <array>
     #include <cstring>
     struct Head {
         const int T, D;
@@ -50,6 +51,42 @@ _HEADER = r"""
             std::memcpy(to + d, &sum, sizeof sum);
         }
         for (; d < D; d++) to[d] += weight * from[d];
+    }
+    // The same of four vectors, each at `at` behind its pointer: a is read, and y written, once.
+    typedef std::array<const float*, 4> Quartet;
+    static inline void inner_four(const float* a, const Quartet& b, int at, int D, float scale,
+                                  float* to) {
+        Eight sums[4] = {};
+        int d = 0;
+        for (; d + 8 <= D; d += 8) {
+            const Eight x = eight(a + d);
+            for (int i = 0; i < 4; i++) sums[i] += x * eight(b[i] + at + d);
+        }
+        Eight pairs[2];  // sums[0], sums[1], sums[0], ... : sums of two neighbours
+        for (int i = 0; i < 2; i++) {
+            const Eight even = sums[2 * i], odd = sums[2 * i + 1];
+            pairs[i] = __builtin_shuffle(even, odd, Places{0, 8, 2, 10, 4, 12, 6, 14})
+                     + __builtin_shuffle(even, odd, Places{1, 9, 3, 11, 5, 13, 7, 15});
+        }
+        Eight all = __builtin_shuffle(pairs[0], pairs[1], Places{0, 1, 8, 9, 4, 5, 12, 13})
+                  + __builtin_shuffle(pairs[0], pairs[1], Places{2, 3, 10, 11, 6, 7, 14, 15});
+        all += __builtin_shuffle(all, Places{4, 5, 6, 7, 4, 5, 6, 7});
+        for (int i = 0; i < 4; i++) {
+            float sum = all[i];
+            for (int rest = d; rest < D; rest++) sum += a[rest] * b[i][at + rest];
+            to[i] = sum * scale;
+        }
+    }
+    static inline void add_four(float* y, const float* weights, const Quartet& from, int at,
+                                int D) {
+        int d = 0;
+        for (; d + 8 <= D; d += 8) {
+            Eight sum = eight(y + d);
+            for (int i = 0; i < 4; i++) sum += weights[i] * eight(from[i] + at + d);
+            std::memcpy(y + d, &sum, sizeof sum);
+        }
+        for (; d < D; d++)
+            for (int i = 0; i < 4; i++) y[d] += weights[i] * from[i][at + d];
     }
 """
 # On CUDA a block works on a head of a token. A value stands C = H * D numbers behind its key.
@@ -289,38 +326,49 @@ _BEAM_ATTENTION = r"""
     for (int block = 0; block < (int)blocks.size() - 1; block++) {
         const int from = blocks[block], to = blocks[block + 1];
         const int begin = in2_p[2 * from], seen = in2_p[2 * from + 1] - begin, n = seen + steps;
-        std::vector<float> p((int64)(to - from) * H * n);  // (rows, H, n)
-        auto scores = [&](int row, int j, const float* k) {  // of all heads, one piece of memory
-            const float* q = in0_p + (int64)row * 3 * C;
-            float* to = &p[(int64)(row - from) * H * n + j];
-            for (int h = 0; h < H; h++) to[h * n] = inner(q + h * D, k + h * D, D) * scale;
+        // Keys and values are taken four at a time: behind the n-th, the last one once more, with
+        // no weight.
+        const int padded = (n + 3) / 4 * 4;
+        std::vector<float> p((int64_t)(to - from) * H * padded);  // (rows, H, padded)
+        const auto weights = [&](int row, int j) {
+            return &p[(int64_t)(row - from) * H * padded + j];
         };
-        auto mix = [&](int row, int j, const float* v) {
-            float *y = out0_p + (int64)row * C, *weights = &p[(int64)(row - from) * H * n + j];
-            for (int h = 0; h < H; h++) add_scaled(y + h * D, weights[h * n], v + h * D, D);
+        const auto four = [&](int row, int first) {  // keys (H, D); a value lies C behind its key
+            Quartet keys;
+            for (int i = 0; i < 4; i++) {
+                const int j = std::min(first + i, n - 1), step = j - seen;
+                keys[i] = step < 0
+                    ? in1_p + ((int64)(begin + j) * 3 + 1) * C
+                    : in3_p + ((int64)step * widest + in4_p[(int64)step * R + row]) * 2 * C;
+            }
+            return keys;
         };
-        auto shared = [&](int j) { return in1_p + ((int64)(begin + j) * 3 + 1) * C; };
-        auto own = [&](int row, int step) {
-            return in3_p + ((int64)step * widest + in4_p[(int64)step * R + row]) * 2 * C;
-        };
-        for (int j = 0; j < seen; j++)
-            for (int row = from; row < to; row++) scores(row, j, shared(j));
-        for (int row = from; row < to; row++) {
-            // The new key and value, wanted by no other row yet, go where later steps look.
+        // The new keys and values, wanted by no other row yet, go where later steps look.
+        for (int row = from; row < to; row++)
             std::copy_n(in0_p + ((int64)row * 3 + 1) * C, 2 * C, fresh + (int64)row * 2 * C);
-            for (int step = 0; step < steps; step++) scores(row, seen + step, own(row, step));
-        }
+        for (int j = 0; j < n; j += 4)
+            for (int row = from; row < to; row++) {
+                const Quartet keys = four(row, j);
+                const float* q = in0_p + (int64)row * 3 * C;
+                float* scores = weights(row, j);
+                for (int h = 0; h < H; h++)
+                    inner_four(q + h * D, keys, h * D, D, scale, scores + h * padded);
+            }
         for (int64 i = 0; i < (int64)(to - from) * H; i++) {
-            float *weights = &p[i * n], high = -1e30f, sum = 0;
+            float *weights = &p[i * padded], high = -1e30f, sum = 0;
             for (int j = 0; j < n; j++) high = std::max(high, weights[j]);
             for (int j = 0; j < n; j++) sum += weights[j] = std::exp(weights[j] - high);
             for (int j = 0; j < n; j++) weights[j] /= sum;
+            std::fill(weights + n, weights + padded, 0.f);
         }
         std::fill_n(out0_p + (int64)from * C, (int64)(to - from) * C, 0.f);
-        for (int j = 0; j < seen; j++)
-            for (int row = from; row < to; row++) mix(row, j, shared(j) + C);
-        for (int row = from; row < to; row++)
-            for (int step = 0; step < steps; step++) mix(row, seen + step, own(row, step) + C);
+        for (int j = 0; j < n; j += 4)
+            for (int row = from; row < to; row++) {
+                const Quartet keys = four(row, j);
+                float *y = out0_p + (int64)row * C, *w = weights(row, j);
+                for (int h = 0; h < H; h++)
+                    add_four(y + h * D, w + h * padded, keys, C + h * D, D);
+            }
     }
 """
 _BEAM_CUDA = (_KERNELS + r"""

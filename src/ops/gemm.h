@@ -3,14 +3,13 @@
 //     C (M, N) = A (M, K) B,   then finish(m, n, count, row) on every finished piece of C
 //
 // GotoBLAS' scheme (Goto and van de Geijn, 2008) with the packing of A left out: A has tens of
-// rows. Each thread owns a range of B's columns. It takes KC x NR numbers of B (16 KB, half of a
-// first-level cache), brings them into order where they are not, and runs all rows of A over them
-// in tiles of at most MR x NR numbers of C that stay in registers.
+// rows. B's columns are divided into panels of NR, and each thread takes a few panels at a time. It
+// brings KC x NR numbers of B (16 KB, half of a first-level cache) into order where they are not,
+// and runs all rows of A over them in tiles of at most MR x NR numbers of C that stay in registers.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 #include <omp.h>
 
 namespace gemm {
@@ -143,17 +142,14 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
     const int64_t ld = layout == ROWS ? N : K;
     #pragma omp parallel
     {
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const int first = (int64_t)panels * thread / threads;
-        const int last = (int64_t)panels * (thread + 1) / threads;
         alignas(64) float block[layout == PACKED ? 1 : KC * NR];
-        std::vector<float> edge(last * NR > N ? MB * NR : 0);  // C's last columns, full width
+        alignas(64) float edge[MB * NR];  // C's last columns, full width
 
         // rows m0 .. m1 of C's columns in `panel`: adds the products of k .. k + KC
         const auto step = [&](int m0, int m1, int panel, int k, bool down) {
             const int kc = std::min(KC, K - k), n = panel * NR, cols = std::min(NR, N - n);
             const float* a = A + (int64_t)m0 * K + k;
-            float* c = cols < NR ? edge.data() : C + (int64_t)m0 * N + n;
+            float* c = cols < NR ? edge : C + (int64_t)m0 * N + n;
             const int64_t ldc = cols < NR ? NR : N;
             if (layout == PACKED) {
                 const float* b = B + ((int64_t)panel * K + k) * NR;
@@ -177,14 +173,22 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
                 finish(m, n, cols, row);
             }
         };
-        for (int i = 0; i < blocks; i++) {
-            const int m0 = (int64_t)M * i / blocks, m1 = (int64_t)M * (i + 1) / blocks;
-            if (K <= DOWN)
-                for (int panel = first; panel < last; panel++)
-                    for (int k = 0; k < K; k += KC) step(m0, m1, panel, k, true);
-            else
-                for (int k = 0; k < K; k += KC)
-                    for (int panel = first; panel < last; panel++) step(m0, m1, panel, k, false);
+        // Threads take a few panels at a time: one may be slowed down by what else the machine
+        // does. A second block of rows finds the panels in the cache.
+        const int group = std::max(1, std::min(8, panels / (4 * omp_get_num_threads())));
+        #pragma omp for schedule(dynamic) nowait
+        for (int first = 0; first < panels; first += group) {
+            const int last = std::min(panels, first + group);
+            for (int i = 0; i < blocks; i++) {
+                const int m0 = (int64_t)M * i / blocks, m1 = (int64_t)M * (i + 1) / blocks;
+                if (K <= DOWN)
+                    for (int panel = first; panel < last; panel++)
+                        for (int k = 0; k < K; k += KC) step(m0, m1, panel, k, true);
+                else
+                    for (int k = 0; k < K; k += KC)
+                        for (int panel = first; panel < last; panel++)
+                            step(m0, m1, panel, k, false);
+            }
         }
     }
 }

@@ -4,8 +4,10 @@
 //
 // GotoBLAS' scheme (Goto and van de Geijn, 2008) with the packing of A left out: A has tens of
 // rows. B's columns are divided into panels of NR, and each thread takes a few panels at a time. It
-// brings KC x NR numbers of B (16 KB, half of a first-level cache) into order where they are not,
-// and runs all rows of A over them in tiles of at most MR x NR numbers of C that stay in registers.
+// brings KC x NR numbers of B (16 KB, half of a first-level cache) into order, and runs all rows of
+// A over them in tiles of at most MR x NR numbers of C that stay in registers. Where B is in order
+// already, it takes more at a time: the processor fetches them from the second-level cache, and C
+// is read and written less often.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,9 +21,9 @@ const int W = 16, MR = 12;  // numbers in a vector register, rows of a tile
 #else
 const int W = 8, MR = 6;
 #endif
-const int NR = 2 * W, KC = 4096 / NR;
+const int NR = 2 * W, KC = 4096 / NR, PACKED_KC = 1024;
 // Rows of A go by blocks that stay in a second-level cache of 512 KB: whole rows if they have at
-// most DOWN columns, else KC columns at a time.
+// most DOWN columns, else as many columns at a time as of B.
 const int DOWN = 1024;
 typedef float Vec __attribute__((vector_size(W * sizeof(float))));
 
@@ -137,7 +139,7 @@ template <Layout layout, class Finish>
 static void multiply(int M, int N, int K, const float* A, const float* B, float* C,
                      Finish finish) {
     // A second block brings all of B once more, which a packed one makes cheap.
-    const int MB = layout == PACKED ? 96 : 128;
+    const int MB = layout == PACKED ? 96 : 128, depth = layout == PACKED ? PACKED_KC : KC;
     const int panels = (N + NR - 1) / NR, blocks = (M + MB - 1) / MB;
     const int64_t ld = layout == ROWS ? N : K;
     #pragma omp parallel
@@ -145,9 +147,9 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
         alignas(64) float block[layout == PACKED ? 1 : KC * NR];
         alignas(64) float edge[MB * NR];  // C's last columns, full width
 
-        // rows m0 .. m1 of C's columns in `panel`: adds the products of k .. k + KC
+        // rows m0 .. m1 of C's columns in `panel`: adds the products of k .. k + depth
         const auto step = [&](int m0, int m1, int panel, int k, bool down) {
-            const int kc = std::min(KC, K - k), n = panel * NR, cols = std::min(NR, N - n);
+            const int kc = std::min(depth, K - k), n = panel * NR, cols = std::min(NR, N - n);
             const float* a = A + (int64_t)m0 * K + k;
             float* c = cols < NR ? edge : C + (int64_t)m0 * N + n;
             const int64_t ldc = cols < NR ? NR : N;
@@ -183,9 +185,9 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
                 const int m0 = (int64_t)M * i / blocks, m1 = (int64_t)M * (i + 1) / blocks;
                 if (K <= DOWN)
                     for (int panel = first; panel < last; panel++)
-                        for (int k = 0; k < K; k += KC) step(m0, m1, panel, k, true);
+                        for (int k = 0; k < K; k += depth) step(m0, m1, panel, k, true);
                 else
-                    for (int k = 0; k < K; k += KC)
+                    for (int k = 0; k < K; k += depth)
                         for (int panel = first; panel < last; panel++)
                             step(m0, m1, panel, k, false);
             }

@@ -281,9 +281,11 @@ def test_beam_attention(ops, jittor, query_len, rows):
             close(plain.numpy()[row], wanted, 2e-5)
 
 
-# 6 rows are a tile, 16 or 32 columns a panel, 256 or 128 terms a block, 96 or 128 rows a block
+# 6 rows are a tile, 16 or 32 columns a panel, 256 or 128 terms a block (1,024 of a packed weight),
+# 96 or 128 rows a block
 @pytest.mark.parametrize("rows, n_in, n_out", [
-    (1, 1, 1), (5, 3, 16), (7, 256, 33), (13, 300, 20), (130, 40, 70), (3, 1100, 50)])
+    (1, 1, 1), (5, 3, 16), (7, 256, 33), (13, 300, 20), (130, 40, 70), (3, 1100, 50),
+    (200, 1100, 330)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_linear(ops, jittor, agree, rows, n_in, n_out, transposed):
     random = np.random.default_rng(n_in)
@@ -302,10 +304,14 @@ def test_linear(ops, jittor, agree, rows, n_in, n_out, transposed):
     close(ops.linear(x, packed, bias, residual).numpy(), plain, 2e-5)
 
 
-def test_linear_repeats_itself(ops, jittor):
+@pytest.mark.parametrize("packed", [False, True])
+def test_linear_repeats_itself(ops, jittor, packed):
+    """Which thread computes what is left to chance; the numbers must not be."""
     random = np.random.default_rng(0)
     x, weight = (jittor.array(random.normal(size=shape).astype(np.float32))
-                 for shape in ((50, 700), (700, 900)))
+                 for shape in ((150, 1100), (1100, 900)))
+    if packed:
+        weight = ops.pack_weight(weight)
     first = ops.linear(x, weight).numpy()
     assert all(np.array_equal(ops.linear(x, weight).numpy(), first) for _ in range(5))
 

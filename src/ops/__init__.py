@@ -12,14 +12,8 @@ our own. All tensors are float32.
 """
 
 from ops.adamw import adamw_update, plain_adamw_update
-from ops.attention import (
-    MASKED,
-    beam_attention,
-    causal_attention,
-    plain_beam_attention,
-    plain_causal_attention,
-    plain_softmax,
-)
+from ops.attention import MASKED, causal_attention, plain_causal_attention, plain_softmax
+from ops.beam_attention import beam_attention, plain_beam_attention
 from ops.gelu import bias_gelu, plain_bias_gelu
 from ops.layer_norm import layer_norm, plain_layer_norm
 from ops.linear import linear, pack_weight, plain_linear

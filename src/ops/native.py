@@ -10,8 +10,9 @@ import jittor as jt
 from cli import InputError
 
 HEADER = "#include <algorithm>\n#include <cmath>\n#include <cstdint>\n#include <vector>\n"
-GEMM = (Path(__file__).parent / "gemm.h").read_text(encoding="utf-8")
-BLOCK = (Path(__file__).parent / "block.cuh").read_text(encoding="utf-8")
+GEMM, VECTORS, BLOCK, ATTENTION = (
+    (Path(__file__).parent / name).read_text(encoding="utf-8")
+    for name in ("gemm.h", "vectors.h", "block.cuh", "attention.cuh"))
 
 # Jittor itself looks for a launch that failed only in its debug build.
 _CHECK_LAUNCH = """

@@ -45,9 +45,9 @@ def parse_args() -> argparse.Namespace:
                                      description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--cards", type=cards, default="gpt2.nano,gpt2.sm", help="sizes of GPT-2")
-    parser.add_argument("--batch_sizes", type=numbers, default="1,2,4,8,16",
+    parser.add_argument("--batch_sizes", type=numbers, default="1,2,4,8",
                         help=f"at {TRAIN['seq_len']} tokens")
-    parser.add_argument("--seq_lens", type=numbers, default="32,64,128,256,512",
+    parser.add_argument("--seq_lens", type=numbers, default="32,64,128,256",
                         help=f"at batch size {TRAIN['batch_size']}")
     parser.add_argument("--beam_sizes", type=numbers, default="1,4,16",
                         help="contexts searched side by side")

@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
                                      description=__doc__.splitlines()[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
-    parser.add_argument("--rounds", type=at_least(1), default=12, help="blocks of each side")
+    parser.add_argument("--rounds", type=at_least(1), default=8, help="blocks of each side")
     parser.add_argument("--block", type=at_least(1), default=4,
                         help="micro-batches a block; a multiple of grad_acc")
     parser.add_argument("--warm_up", type=at_least(1), default=10,

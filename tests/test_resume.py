@@ -60,6 +60,7 @@ def train(flags, tiny):
 
     def run(work_dir, *more, stop=None, number=signal.SIGINT):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
         with pytest.MonkeyPatch.context() as patch:
             def seed_dropout(model, seed, step, original=trainer.lora.seed_dropout):
                 if step == stop:

@@ -6,4 +6,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.sh
-exec python src/download_checkpoints.py "$@"
+exec python pretrained_checkpoints/download_checkpoints.py "$@"

@@ -4,61 +4,62 @@
 #   bash work.sh          the E2E experiment; needs its data and GPT-2's weights
 #   bash work.sh demo     the same in small on data and a base model made here; needs no download
 #
-# Every variable below can be set in the environment, e.g. MODEL_CARD=gpt2.md bash work.sh.
-# A training run that broke off is continued where it stopped; RESUME=no begins it anew.
+# The flags are in src/experiments/. Variables override them, e.g. MODEL_CARD=gpt2.md EPOCHS=1
+# bash work.sh; docs/reference.md has all variables. A training run that broke off is continued
+# where it stopped; RESUME=no begins it anew.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-case "${1:-e2e}" in
+experiment="${1:-e2e}"
+flags="src/experiments/$experiment.ini"  # what the variables below do not override
+
+of_flags() {  # NAME: its value in $flags
+    sed -n "s/^$1 *= *//p" "$flags"
+}
+
+case "$experiment" in
 e2e)
-    MODEL_CARD="${MODEL_CARD:-gpt2.sm}"
     DATA="${DATA:-./data/e2e}"
     WORK_DIR="${WORK_DIR:-./trained_models/GPT2_M/e2e}"
-    EPOCHS="${EPOCHS:-5}"
-    BATCH_SIZE="${BATCH_SIZE:-2}"
-    GRAD_ACC="${GRAD_ACC:-2}"
-    LEARNING_RATE="${LEARNING_RATE:-0.0002}"
-    WARMUP_STEPS="${WARMUP_STEPS:-500}"
-    BEAM_BATCH_SIZE="${BEAM_BATCH_SIZE:-1}"
     ;;
 demo)
-    MODEL_CARD=gpt2.nano
+    MODEL_CARD=""  # always that of the flags
     DATA="${DATA:-./data/demo/work}"
     WORK_DIR="${WORK_DIR:-./trained_models/demo}"
-    BASE_STEPS="${BASE_STEPS:-900}"
-    EPOCHS="${EPOCHS:-1}"
-    BATCH_SIZE="${BATCH_SIZE:-8}"
-    GRAD_ACC="${GRAD_ACC:-1}"
-    LEARNING_RATE="${LEARNING_RATE:-0.001}"
-    WARMUP_STEPS="${WARMUP_STEPS:-50}"
-    BEAM_BATCH_SIZE="${BEAM_BATCH_SIZE:-16}"
     ;;
 *)
     echo "usage: bash work.sh [e2e|demo]" >&2
     exit 2
     ;;
 esac
+MODEL_CARD="${MODEL_CARD:-$(of_flags model_card)}"
 DEVICE="${DEVICE:-auto}"  # auto, cpu or cuda
-SEED="${SEED:-2025}"
-LOG_INTERVAL="${LOG_INTERVAL:-100}"
-LORA_DIM="${LORA_DIM:-4}"
-LORA_ALPHA="${LORA_ALPHA:-32}"
 RESUME="${RESUME:-auto}"  # auto, yes (refuse a run of other settings) or no
 export NPROC="${NPROC:-1}"  # processes that share training and beam search, see setup.sh
 MPI_FLAGS="${MPI_FLAGS:-}"  # more flags of mpirun, e.g. --hostfile FILE
+
+# Each variable that is set becomes its flag, in the array `overrides`.
+override() {  # VARIABLE=FLAG...
+    local pair variable
+    overrides=()
+    for pair in "$@"; do
+        variable="${pair%%=*}"
+        [[ -z "${!variable:-}" ]] || overrides+=("--${pair#*=}" "${!variable}")
+    done
+}
 
 launch() {  # SCRIPT FLAG...
     if (( NPROC == 1 )); then
         python "$@"
         return
     fi
-    local flags=(-np "$NPROC" --bind-to none --oversubscribe)
-    # A script that fails says why; what mpirun says about that is of use with flags of one's own.
-    [[ -n "$MPI_FLAGS" ]] || flags+=(--quiet)
-    [[ "$(id -u)" != 0 ]] || flags+=(--allow-run-as-root)
+    local mpi=(-np "$NPROC" --bind-to none --oversubscribe)
+    # A script that fails prints the reason; mpirun's own message helps only with flags of yours.
+    [[ -n "$MPI_FLAGS" ]] || mpi+=(--quiet)
+    [[ "$(id -u)" != 0 ]] || mpi+=(--allow-run-as-root)
     # shellcheck disable=SC2086  # several flags
-    mpirun "${flags[@]}" $MPI_FLAGS python "$@"
+    mpirun "${mpi[@]}" $MPI_FLAGS python "$@"
 }
 
 need() {  # FILE COMMAND_THAT_MAKES_IT
@@ -69,52 +70,27 @@ need() {  # FILE COMMAND_THAT_MAKES_IT
 }
 
 fine_tune() {  # BASE_CHECKPOINT
-    launch src/gpt2_ft.py \
+    override MODEL_CARD=model_card EPOCHS=max_epoch BATCH_SIZE=train_batch_size GRAD_ACC=grad_acc \
+        LEARNING_RATE=lr WARMUP_STEPS=warmup_step LORA_DIM=lora_dim LORA_ALPHA=lora_alpha \
+        LOG_INTERVAL=log_interval SEED=random_seed
+    launch src/gpt2_ft.py "@$flags" "${overrides[@]}" \
         --train_data "$DATA/train.jsonl" \
         --valid_data "$DATA/valid.jsonl" \
-        --train_batch_size "$BATCH_SIZE" \
-        --grad_acc "$GRAD_ACC" \
-        --valid_batch_size 1 \
-        --seq_len 64 \
-        --model_card "$MODEL_CARD" \
         --init_checkpoint "$1" \
-        --clip 0.0 \
-        --lr "$LEARNING_RATE" \
-        --weight_decay 0.01 \
-        --adam_beta2 0.999 \
-        --scheduler linear \
-        --warmup_step "$WARMUP_STEPS" \
-        --max_epoch "$EPOCHS" \
-        --save_interval 1000 \
-        --lora_dim "$LORA_DIM" \
-        --lora_alpha "$LORA_ALPHA" \
-        --lora_dropout 0.1 \
-        --label_smooth 0.1 \
-        --log_interval "$LOG_INTERVAL" \
         --work_dir "$WORK_DIR" \
-        --random_seed "$SEED" \
         --resume "$RESUME" \
         --device "$DEVICE"
 }
 
-generate() {  # CHECKPOINT LORA_DIM OUTPUT_FILE
-    launch src/gpt2_beam.py \
+generate() {  # CHECKPOINT OUTPUT_FILE FLAG...
+    override MODEL_CARD=model_card BEAM_BATCH_SIZE=batch_size LORA_DIM=lora_dim \
+        LORA_ALPHA=lora_alpha
+    launch src/gpt2_beam.py "@$flags" "${overrides[@]}" \
         --data "$DATA/test.jsonl" \
-        --batch_size "$BEAM_BATCH_SIZE" \
-        --seq_len 64 \
-        --eval_len 32 \
-        --model_card "$MODEL_CARD" \
         --init_checkpoint "$1" \
-        --lora_dim "$2" \
-        --lora_alpha "$LORA_ALPHA" \
-        --beam 10 \
-        --length_penalty 0.8 \
-        --no_repeat_ngram_size 4 \
-        --repetition_penalty 1.0 \
-        --eos_token_id 628 \
         --work_dir "$WORK_DIR" \
-        --output_file "$3" \
-        --device "$DEVICE"
+        --output_file "$2" \
+        --device "$DEVICE" "${@:3}"
 }
 
 decode() {  # PREDICTIONS REFERENCES_OUT TEXT_OUT
@@ -135,7 +111,7 @@ score_to() {  # SCORES_OUT REFERENCES TEXT
     mv "$1.part" "$1"
 }
 
-# The checkpoint that training wrote last: its step depends on the data and the epochs.
+# The checkpoint that training wrote last; its step depends on the data and the epochs.
 last_checkpoint() {  # FOLDER
     find "$1" -maxdepth 1 -name 'model.[0-9]*.pt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-
 }
@@ -164,7 +140,7 @@ run_e2e() {
     step="${checkpoint##*/model.}"
     step="${step%.pt}"
     predictions="predict.$step.b10p08r4.jsonl"
-    generate "$checkpoint" "$LORA_DIM" "$predictions"
+    generate "$checkpoint" "$predictions"
     decode "$WORK_DIR/$predictions" e2e_ref.txt e2e_pred.txt
     score e2e_ref.txt e2e_pred.txt
 }
@@ -186,8 +162,8 @@ run_demo() {
     fine_tune "$base"
 
     echo "== beam search, decoding and scores, of the base alone and with LoRA"
-    generate "$base" 0 base.jsonl
-    generate "$(last_checkpoint "$WORK_DIR")" "$LORA_DIM" lora.jsonl
+    generate "$base" base.jsonl --lora_dim 0
+    generate "$(last_checkpoint "$WORK_DIR")" lora.jsonl
     decode "$WORK_DIR/base.jsonl" "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt"
     decode "$WORK_DIR/lora.jsonl" "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt"
     score_to "$WORK_DIR/base_scores.txt" "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt"
@@ -196,24 +172,11 @@ run_demo() {
 }
 
 pretrain() {
-    launch src/gpt2_ft.py \
+    override BASE_STEPS=max_step SEED=random_seed
+    launch src/gpt2_ft.py @src/experiments/demo_base.ini "${overrides[@]}" \
         --train_data "$DATA/base_train.jsonl" \
         --valid_data "$DATA/base_valid.jsonl" \
-        --train_batch_size 4 \
-        --valid_batch_size 16 \
-        --seq_len 64 \
-        --model_card "$MODEL_CARD" \
-        --obj jlm \
-        --lora_dim 0 \
-        --lr 0.003 \
-        --correct_bias \
-        --scheduler linear \
-        --warmup_step 400 \
-        --max_step "$BASE_STEPS" \
-        --eval_interval 300 \
-        --save_interval 100000 \
         --work_dir "$WORK_DIR/base" \
-        --random_seed "$SEED" \
         --resume "$RESUME" \
         --device "$DEVICE"
 }
@@ -223,4 +186,4 @@ prepare() {
     python vocab/download_vocab.py vocab
 }
 
-"run_${1:-e2e}"
+"run_$experiment"

@@ -1,8 +1,7 @@
-"""The code that the PyTorch side shares with ``src/``: file formats and a script's manners.
+"""What the PyTorch side shares with ``src/``: the manners of a script, file formats, flags.
 
-Everything else in this folder is written apart from ``src/``; only then does it mean something
-that the two sides agree. ``src/`` comes last on the module path, for it has a ``loralib`` of its
-own (in Jittor) where this side means PyTorch's.
+Everything else in this folder is written independently of ``src/``: only then is it evidence that
+the two sides agree.
 """
 
 from __future__ import annotations
@@ -10,11 +9,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "src"))
 
-import torch_file  # noqa: E402
-from cli import InputError, Progress, log, progress, run  # noqa: E402
-from formats import read_jsonl, replacing, write_jsonl  # noqa: E402
+from runtime import torch_file  # noqa: E402
+from runtime.errors import InputError  # noqa: E402
+from runtime.flags import ArgumentParser, read_flags  # noqa: E402
+from runtime.formats import read_jsonl, replacing, write_jsonl  # noqa: E402
+from runtime.progress import Progress, log, progress  # noqa: E402
+from runtime.script import run  # noqa: E402
 
-__all__ = ["InputError", "Progress", "log", "progress", "read_jsonl", "replacing", "run",
-           "torch_file", "write_jsonl"]
+__all__ = ["ROOT", "ArgumentParser", "InputError", "Progress", "log", "progress", "read_flags",
+           "read_jsonl", "replacing", "run", "torch_file", "write_jsonl"]

@@ -20,21 +20,9 @@ from pathlib import Path
 
 import report
 import summary
-from common import InputError, log, read_jsonl, run, write_jsonl
+from common import ROOT, InputError, log, read_flags, read_jsonl, run, write_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "align" / "results"
-# The flags of work.sh.
-MODEL = "--seq_len 64 --lora_dim 4 --lora_alpha 32".split()
-TRAIN = ("--valid_batch_size 1 --clip 0.0 --weight_decay 0.01 --adam_beta2 0.999 "
-         "--scheduler linear --save_interval 1000 --lora_dropout 0.1 --label_smooth 0.1 "
-         "--log_interval 100").split()
-SIZE = {"demo": "--train_batch_size 8 --grad_acc 1 --lr 0.001 --warmup_step 50".split(),
-        "e2e": "--train_batch_size 2 --grad_acc 2 --lr 0.0002 --warmup_step 500".split()}
-EPOCHS = {"demo": "1", "e2e": "5"}
-BEAM = ("--eval_len 32 --beam 10 --length_penalty 0.8 --no_repeat_ngram_size 4 "
-        "--repetition_penalty 1.0 --eos_token_id 628").split()
-
 PUBLISHED = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large"}
 SCRIPTS = {"jittor": ("src/gpt2_ft.py", "src/gpt2_beam.py"),
            "torch": ("align/torch_train.py", "align/torch_beam.py"),
@@ -79,7 +67,7 @@ def parse_args() -> argparse.Namespace:
         parser.error("--steps and --inputs take numbers from 1 on")
     if not args.strict and len(set(args.seeds)) < 3:
         parser.error("--seeds: a mean with its spread needs three seeds (or add --strict)")
-    args.size = "demo" if args.data == "demo" else "e2e"
+    args.flags = ROOT / "src/experiments" / ("demo.ini" if args.data == "demo" else "e2e.ini")
     args.card = args.card or ("gpt2.nano" if args.data == "demo" else "gpt2.sm")
     if args.base is None and args.data != "demo" and args.card not in PUBLISHED:
         parser.error(f"--card {args.card} has no published weights; add --base FILE or random")
@@ -95,7 +83,8 @@ def main() -> None:
         base = prepare(args, folder)
         for seed in args.seeds:
             shutil.rmtree(folder / f"seed{seed}" / "float64", ignore_errors=True)
-            execute("align/torch_init.py", "--model_card", args.card, *MODEL[2:4],
+            execute("align/torch_init.py", "--model_card", args.card,
+                    "--lora_dim", read_flags(args.flags, "gpt2_ft")["lora_dim"],
                     "--random_seed", seed, "--output", folder / f"seed{seed}" / "lora.pt")
             for side in ("torch", "jittor"):
                 experiment(args, folder, base, seed, side)
@@ -147,7 +136,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
         return folder / "base.pt"
     if args.base:
         return Path(args.base)
-    if args.size == "e2e":
+    if args.flags.name == "e2e.ini":
         return ROOT / "pretrained_checkpoints" / f"{PUBLISHED[args.card]}-pytorch_model.bin"
     bases = sorted(ROOT.glob("trained_models/demo/base/model.*.pt"), key=os.path.getmtime)
     if not bases:
@@ -159,18 +148,20 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
     """Training, beam search, decoding and scoring of one side, in FOLDER/seedSEED/SIDE."""
     train, beam = SCRIPTS[side]
     out, lora = folder / f"seed{seed}" / side, folder / f"seed{seed}" / "lora.pt"
-    model = ["--model_card", args.card, *MODEL, "--device", args.device, "--work_dir", out]
+    model = [f"@{args.flags}", "--model_card", args.card, "--device", args.device,
+             "--work_dir", out]
     model += ["--dtype", "float64"] if side == "float64" else []
-    length = ["--max_step", args.steps] if args.steps else ["--max_epoch", EPOCHS[args.size]]
+    # An epoch has at least one step: so many epochs do not end the run before so many steps.
+    length = ["--max_step", args.steps, "--max_epoch", args.steps] if args.steps else []
     log(f"== {args.name}, seed {seed}: {side}")
-    execute(train, *model, *TRAIN, *SIZE[args.size], *length, "--random_seed", seed,
+    execute(train, *model, *length, "--random_seed", seed,
             "--train_data", args.data / "train.jsonl", "--valid_data", args.data / "valid.jsonl",
             "--init_checkpoint", base, "--lora_checkpoint", lora, *shlex.split(args.train_flags),
             *(["--lora_dropout", "0"] if args.strict else []))
     checkpoint = report.last_checkpoint(out)
     sizes = args.batch_sizes if side == "jittor" else [1]
     for size in sizes:
-        said = execute(beam, *model, *BEAM, "--data", folder / "test.jsonl", "--batch_size", size,
+        said = execute(beam, *model, "--data", folder / "test.jsonl", "--batch_size", size,
                        "--init_checkpoint", checkpoint, "--output_file", f"predict.{size}.jsonl")
         (out / f"predict.{size}.log").write_text(said, encoding="utf-8")
     execute("src/gpt2_decode.py", "--vocab", ROOT / "vocab",
@@ -183,15 +174,13 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
 
 def execute(script: str, *flags: object) -> str:
     """Runs a script of this repository and returns what it printed, which is shown, too."""
-    # Each side takes its own loralib: nothing of a module path is handed on.
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     said = []
     with subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], text=True,
-                          stdout=subprocess.PIPE, env=environment) as process:
+                          stdout=subprocess.PIPE) as process:
         for line in process.stdout:
             log(line.rstrip("\n"))
             said.append(line)
-    if process.returncode == 1:  # it has said why
+    if process.returncode == 1:  # it has printed the reason
         sys.exit(1)
     if process.returncode != 0:
         raise InputError(f"{script}: ended with exit code {process.returncode}; see above")

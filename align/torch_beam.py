@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2LMHeadModel
 
 import torch_flags
-from common import InputError, log, progress, run, write_jsonl
+from common import ArgumentParser, InputError, log, progress, run, write_jsonl
 from torch_data import read_samples
 
 END_OF_TEXT = 50256
@@ -100,7 +100,7 @@ def repeating(tokens: list[int], n: int) -> list[int]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Beam search with GPT-2 and LoRA by PyTorch.")
+    parser = ArgumentParser("gpt2_beam", description="Beam search with GPT-2 and LoRA by PyTorch.")
     torch_flags.add_model_flags(parser, card="gpt2.sm")
     positive = torch_flags.at_least(1)
     parser.add_argument("--data", required=True, metavar="JSONL", help="samples to continue")

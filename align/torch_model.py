@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Mapping
 
+import loralib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import loralib
 from common import InputError, replacing
 
 CARDS = {

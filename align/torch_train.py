@@ -1,6 +1,6 @@
 """Fine-tunes GPT-2 as src/gpt2_ft.py does, by PyTorch: same flags, logs, metrics, checkpoints.
 
-    python align/torch_train.py --train_data train.jsonl --valid_data valid.jsonl --max_epoch 5
+    python align/torch_train.py @src/experiments/e2e.ini --train_data F --valid_data F
 
 In WORK_DIR: train.log (the log lines), metrics.csv (a row a micro-batch) and model.STEP.pt.
 ``--dtype float64`` runs the same training in double precision.
@@ -19,7 +19,7 @@ import torch
 
 import torch_flags
 import torch_model
-from common import InputError, Progress, log, run
+from common import ArgumentParser, InputError, Progress, log, run
 from torch_data import FTDataset, make_loader, read_samples
 from torch_optim import SCHEDULERS, AdamW, make_schedule, parameter_groups
 
@@ -27,7 +27,7 @@ COLUMNS = ("step", "epoch", "lr", "loss", "valid_loss", "ms_per_batch")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="LoRA fine-tuning of GPT-2 by PyTorch.")
+    parser = ArgumentParser("gpt2_ft", description="LoRA fine-tuning of GPT-2 by PyTorch.")
     torch_flags.add_model_flags(parser, card="gpt2.md")
     positive = torch_flags.at_least(1)
     data = parser.add_argument_group("data")

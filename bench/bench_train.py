@@ -22,6 +22,7 @@ import report
 import samples
 import weights
 from shared import (
+    FLAGS,
     LORA,
     MODEL_CARDS,
     ROOT,
@@ -167,25 +168,18 @@ def programs(args: argparse.Namespace, model: dict, data: Path) -> dict:
 def whole_run(args: argparse.Namespace, model: dict, data: Path,
               program: str) -> tuple[float, float]:
     """Seconds from the program's start to its first step's end, MiB of its peak memory."""
-    flags = {"train_data": data, "valid_data": data, "train_batch_size": TRAIN["batch_size"],
-             "valid_batch_size": 1, "grad_acc": TRAIN["grad_acc"], "seq_len": TRAIN["seq_len"],
-             "model_card": args.card, "init_checkpoint": model["base"],
-             "lora_checkpoint": model["lora"], "lora_dim": LORA["r"],
-             "lora_alpha": LORA["alpha"], "lora_dropout": TRAIN["lora_dropout"],
-             "label_smooth": TRAIN["label_smooth"], "lr": TRAIN["lr"],
-             "weight_decay": TRAIN["weight_decay"], "adam_beta2": TRAIN["beta2"],
-             "warmup_step": TRAIN["warmup_step"], "random_seed": TRAIN["seed"],
+    flags = {"train_data": data, "valid_data": data, "model_card": args.card,
+             "init_checkpoint": model["base"], "lora_checkpoint": model["lora"],
              "max_step": 4, "log_interval": 1, "device": args.device}
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     weights.room_for(WORK / "run", 2 * Path(model["base"]).stat().st_size)
     with tempfile.TemporaryDirectory(dir=WORK) as work_dir, \
             tempfile.TemporaryFile("w+", encoding="utf-8") as stderr:
-        command = [sys.executable, ROOT / program, "--work_dir", work_dir]
+        command = [sys.executable, ROOT / program, f"@{FLAGS}", "--work_dir", work_dir]
         for flag, value in flags.items():
             command += [f"--{flag}", str(value)]
         first_step, started = None, time.perf_counter()
-        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=stderr,
-                              env=environment) as process:
+        with subprocess.Popen(command, text=True, stdout=subprocess.PIPE,
+                              stderr=stderr) as process:
             for line in process.stdout:
                 if first_step is None and line.startswith("| epoch"):
                     first_step = time.perf_counter() - started

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from shared import ROOT, WORK, write_jsonl
+from shared import ROOT, SAMPLES, WORK, write_jsonl
 
 # E2E's training set as create_datasets.sh draws it, in tokens: mean, deviation and ends.
 CONTEXT = (29.0, 6.6, 13, 42)
 COMPLETION = (25.2, 8.1, 10, 56)
 SHARE = COMPLETION[0] / (CONTEXT[0] + COMPLETION[0])  # of a sample's tokens that are learned
-COUNT = 420
 
 
 def of_e2e(name: str) -> tuple[Path, str]:
@@ -21,10 +20,10 @@ def of_e2e(name: str) -> tuple[Path, str]:
     if path.is_file():
         return path, f"data/e2e/{name}.jsonl"
     random = np.random.default_rng(2025)
-    lengths = [(_draw(random, CONTEXT), _draw(random, COMPLETION)) for _ in range(COUNT)]
+    lengths = [(_draw(random, CONTEXT), _draw(random, COMPLETION)) for _ in range(SAMPLES)]
     path = WORK / f"like_e2e_{name}.jsonl"
     _write(path, lengths, random)
-    return path, f"{COUNT} samples of random tokens, as long as E2E's (data/e2e/ has none)"
+    return path, f"{SAMPLES} samples of random tokens, as long as E2E's (data/e2e/ has none)"
 
 
 def of_length(tokens: int, count: int) -> Path:

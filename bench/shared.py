@@ -1,4 +1,4 @@
-"""What the parents of all benches share with ``src/``: data, weights, manners of a script.
+"""What the parent processes of all benches share with ``src/``: data, flags, a script's manners.
 
 A parent computes nothing that is timed and imports neither Jittor nor PyTorch.
 """
@@ -11,23 +11,34 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "src"))
 
-import torch_file  # noqa: E402
-from cli import InputError, Progress, at_least, log, run  # noqa: E402
 from config import MODEL_CARDS, GPT2Config  # noqa: E402
 from dataset import FTDataset  # noqa: E402
-from formats import read_jsonl, replacing, write_jsonl  # noqa: E402
+from runtime import torch_file  # noqa: E402
+from runtime.errors import InputError  # noqa: E402
+from runtime.flags import at_least, read_flags  # noqa: E402
+from runtime.formats import read_jsonl, replacing, write_jsonl  # noqa: E402
+from runtime.progress import Progress, log  # noqa: E402
+from runtime.script import run  # noqa: E402
 
 WORK = ROOT / "trained_models" / "bench"  # weights and data made here, kept for the next run
 RESULTS = ROOT / "bench" / "results"
+FLAGS = ROOT / "src" / "experiments" / "e2e.ini"
+SAMPLES = 420  # of E2E's training set, as create_datasets.sh draws them
 
-# The flags of work.sh.
-LORA = {"r": 4, "alpha": 32}
-TRAIN = {"batch_size": 2, "seq_len": 64, "grad_acc": 2, "lora_dropout": 0.1, "label_smooth": 0.1,
-         "lr": 0.0002, "warmup_step": 500, "max_step": 1050, "weight_decay": 0.01,
-         "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-6, "seed": 2025}
-BEAM = {"beam": 10, "eval_len": 32, "length_penalty": 0.8, "no_repeat_ngram_size": 4,
-        "eos": [50256, 628]}
+_ft, _beam = read_flags(FLAGS, "gpt2_ft"), read_flags(FLAGS, "gpt2_beam")
+LORA = {"r": int(_ft["lora_dim"]), "alpha": int(_ft["lora_alpha"])}
+TRAIN = {"batch_size": int(_ft["train_batch_size"]), "seq_len": int(_ft["seq_len"]),
+         "grad_acc": int(_ft["grad_acc"]), "lora_dropout": float(_ft["lora_dropout"]),
+         "label_smooth": float(_ft["label_smooth"]), "lr": float(_ft["lr"]),
+         "warmup_step": int(_ft["warmup_step"]),
+         "max_step": int(_ft["max_epoch"]) * SAMPLES // int(_ft["train_batch_size"]),
+         "weight_decay": float(_ft["weight_decay"]), "beta2": float(_ft["adam_beta2"]),
+         "seed": int(_ft["random_seed"])}
+BEAM = {"beam": int(_beam["beam"]), "eval_len": int(_beam["eval_len"]),
+        "length_penalty": float(_beam["length_penalty"]),
+        "no_repeat_ngram_size": int(_beam["no_repeat_ngram_size"]),
+        "eos": [50256, int(_beam["eos_token_id"])]}
 
-__all__ = ["BEAM", "LORA", "MODEL_CARDS", "RESULTS", "ROOT", "TRAIN", "WORK", "FTDataset",
-           "GPT2Config", "InputError", "Progress", "at_least", "log", "read_jsonl", "replacing",
-           "run", "torch_file", "write_jsonl"]
+__all__ = ["BEAM", "FLAGS", "LORA", "MODEL_CARDS", "RESULTS", "ROOT", "SAMPLES", "TRAIN", "WORK",
+           "FTDataset", "GPT2Config", "InputError", "Progress", "at_least", "log", "read_jsonl",
+           "replacing", "run", "torch_file", "write_jsonl"]

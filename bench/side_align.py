@@ -22,11 +22,10 @@ class Side(TorchSide):
 
     def start_training(self, data: str, *, batch_size: int, seq_len: int, grad_acc: int,
                        label_smooth: float, lr: float, warmup_step: int, max_step: int,
-                       weight_decay: float, beta1: float, beta2: float, epsilon: float,
-                       seed: int) -> None:
+                       weight_decay: float, beta2: float, seed: int) -> None:
         self.batches = batches(data, batch_size, seq_len, seed)
         self.optimizer = torch_optim.AdamW(torch_optim.parameter_groups(self.model), lr,
-                                           (beta1, beta2), epsilon, weight_decay)
+                                           (0.9, beta2), 1e-6, weight_decay)
         self.schedule = torch_optim.make_schedule("linear", lr, max_step, warmup_step,
                                                   optimizer=self.optimizer)
         self.grad_acc, self.label_smooth = grad_acc, label_smooth

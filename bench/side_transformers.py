@@ -34,12 +34,11 @@ class Side(TorchSide):
 
     def start_training(self, data: str, *, batch_size: int, seq_len: int, grad_acc: int,
                        label_smooth: float, lr: float, warmup_step: int, max_step: int,
-                       weight_decay: float, beta1: float, beta2: float, epsilon: float,
-                       seed: int) -> None:
+                       weight_decay: float, beta2: float, seed: int) -> None:
         self.batches = batches(data, batch_size, seq_len, seed)
         self.model = peft.get_peft_model(self.model, self.lora).train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr, (beta1, beta2), epsilon, weight_decay)
+        self.optimizer = torch.optim.AdamW(trained, lr, (0.9, beta2), 1e-6, weight_decay)
         self.schedule = transformers.get_linear_schedule_with_warmup(
             self.optimizer, warmup_step // grad_acc, max_step // grad_acc)
         self.grad_acc, self.step = grad_acc, 0

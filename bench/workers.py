@@ -28,12 +28,9 @@ class Worker:
     def __init__(self, script: str):
         self.script = script
         self.stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        # Each side takes its own loralib: nothing of a module path is handed on.
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "bench" / script], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.stderr, env=environment, cwd=ROOT,
-            start_new_session=True)
+            stdout=subprocess.PIPE, stderr=self.stderr, cwd=ROOT, start_new_session=True)
 
     def __enter__(self) -> Worker:
         return self

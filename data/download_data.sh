@@ -6,4 +6,4 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=setup.sh
 source "$here/../setup.sh"
-exec python "$here/../src/download_data.py" "$here/e2e"
+exec python "$here/download_data.py" "$here/e2e"

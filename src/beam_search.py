@@ -1,7 +1,7 @@
 """Beam search over GPT-2, as the original experiment does it.
 
-Scores live in NumPy: Jittor's CPU kernels are built with -Ofast, where infinities do not survive.
-Shapes in comments: B samples, K beams, R beams alive, V tokens in the vocabulary.
+Scores are NumPy arrays, because Jittor compiles its CPU kernels with -Ofast, which does not keep
+infinities. Shapes in comments: B samples, K beams, R live beams, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import jittor as jt
 import numpy as np
 
 import ops
-from model import GPT2LMModel
+from generator import Generator
 
 Tokens = tuple[int, ...]
-# Rounding may lift a sum of log probabilities this much above the exact one, relative to it.
+# Rounding may make a sum of log probabilities larger by this share of it.
 ROUNDING = 1e-4
 
 
@@ -26,45 +26,45 @@ class BeamOptions:
 
     beam: int = 1
     eval_len: int = 256  # most tokens to generate
-    min_length: int = 0  # no end token before so many
+    min_length: int = 0  # no end token before so many tokens
     length_penalty: float = 1.0  # a finished sequence scores log p / length ** length_penalty
-    no_repeat_ngram_size: int = 4  # no n-gram of this size twice; 0: any
-    repetition_penalty: float = 1.0  # of tokens generated before (Keskar et al., 2019)
+    no_repeat_ngram_size: int = 4  # no n-gram of this size twice; 0: no such rule
+    repetition_penalty: float = 1.0  # on tokens generated before (Keskar et al., 2019); 1: none
     eos_token_ids: frozenset[int] = frozenset({50256})
 
 
-def predict(model: GPT2LMModel, queries: Sequence[Tokens], options: BeamOptions, batch_size: int,
-            on_done: Callable[[int], None] = lambda count: None) -> list[list[int]]:
+def predict(generator: Generator, queries: Sequence[Tokens], options: BeamOptions, batch_size: int,
+            on_done: Callable[[int], object] = lambda count: None) -> list[list[int]]:
     """The best continuation of each query: eval_len token ids, zeros after the sequence.
 
-    Equal queries are searched once. ``batch_size`` queries are searched side by side, which
-    changes nothing but the speed. ``on_done`` hears how many more queries have their answer.
+    Equal queries are searched once. ``batch_size`` queries are searched at a time, which changes
+    the speed only. ``on_done(count)`` is called when ``count`` more queries are answered.
     """
     uses: dict[Tokens, int] = {}
     for query in queries:
         uses[query] = uses.get(query, 0) + 1
-    distinct = sorted(uses, key=len)  # neighbours of like length need little padding
+    distinct = sorted(uses, key=len)  # queries of similar length need little padding
     answers: dict[Tokens, list[int]] = {}
     for start in range(0, len(distinct), batch_size):
         batch = distinct[start:start + batch_size]
-        answers.update(zip(batch, search(model, batch, options)))
+        answers.update(zip(batch, search(generator, batch, options)))
         on_done(sum(uses[query] for query in batch))
     return [answers[query] for query in queries]
 
 
-def search(model: GPT2LMModel, queries: Sequence[Tokens], options: BeamOptions) -> list[list[int]]:
-    """One batch of :func:`predict`, all at once."""
+def search(generator: Generator, queries: Sequence[Tokens],
+           options: BeamOptions) -> list[list[int]]:
+    """One batch of :func:`predict`."""
     beams = _Beams(len(queries), options)
     query_len = np.array([len(query) for query in queries])
     padded = np.zeros((len(queries), query_len.max()), np.int32)
     for row, query in enumerate(queries):
         padded[row, :len(query)] = query
-    model.eval()
     with jt.no_grad():
-        logits, cache = model.start(padded, query_len, options.eval_len, options.beam)  # (B, V)
+        logits, cache = generator.start(padded, query_len, options.eval_len, options.beam)  # (B, V)
         origin = beams.advance(logits)
         while len(origin):
-            logits = model.step(beams.last_tokens(), origin, cache)  # (R, V)
+            logits = generator.step(beams.last_tokens(), origin, cache)  # (R, V)
             origin = beams.advance(logits)
     return [list(best) + [0] * (options.eval_len - len(best)) for best in beams.best]
 
@@ -76,9 +76,10 @@ class _Beams:
         self.options = options
         lengths = range(1, options.eval_len + 1)
         self.norms = [np.float32(length ** options.length_penalty) for length in lengths]
-        # One row a live beam, those of a sample together and the best first; one a sample at first.
-        self.sample = np.arange(samples)  # (R,): whose beam it is
-        self.scores = np.zeros(samples, np.float32)  # (R,): log p
+        # One row for each live beam, at first one for each sample; the rows of a sample are
+        # neighbours, the best first.
+        self.sample = np.arange(samples)  # (R,): the sample that each row belongs to
+        self.scores = np.zeros(samples, np.float32)  # (R,): log p of the row's tokens
         self.histories: list[Tokens] = [()] * samples
         self.best_score = np.full(samples, -np.inf, np.float32)
         self.best: list[Tokens] = [()] * samples
@@ -86,7 +87,8 @@ class _Beams:
     def advance(self, logits: jt.Var) -> np.ndarray:
         """Continues each sample's beams by the K best next tokens, given logits (R, V).
 
-        Returns for each new row the old one (R,) it goes on from: none once the search is over.
+        Returns for each new row the number of the old row that it continues; an empty array ends
+        the search.
         """
         options, old = self.options, self.histories
         values, tokens = self._allowed(logits)  # (R, K) each
@@ -110,7 +112,9 @@ class _Beams:
 
     def _allowed(self, logits: jt.Var) -> tuple[np.ndarray, np.ndarray]:
         """The K likeliest tokens of each row, after penalty, min_length and the n-gram rule."""
-        options, forbidden, seen = self.options, [], []
+        options = self.options
+        forbidden: list[tuple[int, int]] = []  # (row, token)
+        seen: list[tuple[int, int]] = []
         for row, history in enumerate(self.histories):
             if options.repetition_penalty != 1.0:
                 seen += [(row, token) for token in set(history)]
@@ -126,13 +130,13 @@ class _Beams:
             self.best_score[sample], self.best[sample] = score, history
 
     def _may_win(self, sample: int, history: Tokens, score: np.float32) -> bool:
-        """Whether a beam is alive and its sample not decided.
+        """Whether a beam can still end with a better score than its sample's best sequence.
 
-        A beam's score only falls, so it can end no better than with its score of now and the
-        length that divides it best.
+        A beam's score never rises, so the bound is its present score over the most favourable
+        length.
         """
-        kindest = max(self.norms[len(history)], self.norms[-1])
-        return score > -np.inf and score * (1 - ROUNDING) / kindest > self.best_score[sample]
+        norm = max(self.norms[len(history)], self.norms[-1])
+        return score > -np.inf and score * (1 - ROUNDING) / norm > self.best_score[sample]
 
     def last_tokens(self) -> np.ndarray:
         """The newest token of each row (R,)."""
@@ -140,7 +144,7 @@ class _Beams:
 
 
 def repeats(history: Tokens, size: int) -> list[int]:
-    """The tokens that would end an n-gram of ``size`` tokens which ``history`` already has."""
+    """The tokens that would repeat an n-gram of ``size`` tokens that ``history`` contains."""
     if size == 0 or len(history) + 1 < size:
         return []
     last = history[len(history) - size + 1:]

@@ -1,4 +1,4 @@
-"""Reading and writing GPT-2 and LoRA weights under every name they go by."""
+"""Reads and writes GPT-2 and LoRA weights, under all the names that published files use."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 import jittor as jt
 import numpy as np
 
-import loralib as lora
-import safetensors_header
-import torch_file
-from cli import InputError
+import lora
 from model import GPT2LMModel
+from runtime import torch_file
+from runtime.errors import InputError
 
-# Buffers of other programs that hold the causal mask, no weights.
+# Buffers in which other programs store the causal mask; they are no weights.
 MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 HEAD_NAMES = ("lm_head.weight", "lm_head.decoder.weight")
 EMBEDDING = "transformer.wte.weight"
@@ -28,9 +27,9 @@ TF_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The weights in a ``.safetensors``, ``.bin`` or ``.pt`` file by our parameter names, float32.
 
-    Takes Hugging Face's names with or without ``transformer.``, those of the original experiment
-    and the endings of TensorFlow's conversion. Raises InputError where the file is missing or
-    damaged, holds something else, or has an output head other than the embedding.
+    Accepts Hugging Face's names with or without ``transformer.``, those of the original experiment
+    and the endings of TensorFlow's conversion. Raises InputError if the file is missing or damaged,
+    holds something else, or has an output head that differs from the embedding.
     """
     path = Path(path)
     try:
@@ -69,7 +68,6 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     import safetensors
     import safetensors.numpy
 
-    safetensors_header.check(path)
     try:
         try:
             return safetensors.numpy.load_file(path)
@@ -100,10 +98,10 @@ def parameter_name(key: str) -> str:
 
 def load(model: GPT2LMModel, init_checkpoint: str | None, lora_checkpoint: str | None = None,
          lora_required: bool = False) -> None:
-    """Fills the model from a checkpoint of the base or of the whole, then from one of LoRA.
+    """Fills the model from a checkpoint of the base or of the whole model, then from one of LoRA.
 
-    A base without LoRA matrices leaves the model's own, unless ``lora_required``. Raises
-    InputError that lists every missing, unexpected and misshapen weight at once.
+    If no file holds LoRA matrices, the model keeps its own; with ``lora_required`` that is an
+    error. Raises InputError that lists all missing, unexpected and misshapen weights.
     """
     has_lora = False
     if init_checkpoint:
@@ -139,7 +137,7 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
             remedy = "do --model_card and --lora_dim fit the file?"
         raise InputError(f"{path}: {'; '.join(faults)}; {remedy}")
     for name, p in parameters.items():
-        if name in weights:  # which are let go one by one: the model is large enough once
+        if name in weights:  # popped, so that no second copy of the whole model is in memory
             p.assign(jt.array(np.ascontiguousarray(weights.pop(name))))
 
 
@@ -151,6 +149,6 @@ def save_model(model: GPT2LMModel, path: str | os.PathLike) -> None:
 
 
 def save_lora(model: GPT2LMModel, path: str | os.PathLike) -> None:
-    """Writes the LoRA matrices alone, to be given as ``--lora_checkpoint`` beside their base."""
+    """Writes the LoRA matrices alone; ``--lora_checkpoint`` reads them, beside their base."""
     state = {name: p.numpy() for name, p in lora.lora_state_dict(model).items()}
     torch_file.save(path, {"model_state_dict": state})

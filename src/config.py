@@ -1,4 +1,4 @@
-"""The model cards, and LoRA's settings: plain data, importable without Jittor."""
+"""The model cards and LoRA's settings: plain data, importable without Jittor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL_CARDS = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """LoRA's rank r (0: none, every weight trains), its scale alpha / r and its dropout."""
+    """LoRA's rank r (0: no LoRA, every weight trains), its scale alpha / r and its dropout."""
 
     r: int = 0
     alpha: int = 128

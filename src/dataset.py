@@ -1,4 +1,4 @@
-"""Encoded samples, and the order and shape in which training and beam search see them."""
+"""Encoded samples, and the order and shape in which training and beam search get them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Iterator
 
 import numpy as np
 
-from cli import InputError
-from formats import read_jsonl
+from runtime.errors import InputError
+from runtime.formats import read_jsonl
 
-FILL_SEED = 911  # of the draws that fill a set up to a whole number of batches
+FILL_SEED = 911  # of the generator that fills a data set up to whole batches
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Batch:
 class FTDataset:
     """The samples of an encoded ``.jsonl`` file, as the original's FT_Dataset gives them.
 
-    Its length is rounded up to a whole number of batches; a position past the samples gives a
-    sample drawn at each access.
+    Its length is rounded up to a whole number of batches; at a position past the last sample, each
+    access draws a sample at random.
     """
 
     def __init__(self, path: str | os.PathLike, batch_size: int, seq_len: int, eval_len: int = 0,
                  joint_lm: bool = False, vocab_size: int = 50257, n_positions: int = 1024):
-        """Reads ``path``; ``joint_lm`` learns every token, else only those of the completion.
+        """Reads ``path``; with ``joint_lm`` every token is a target, else the completion's.
 
         Raises InputError for a malformed file, a token id outside the vocabulary, or a context
         longer than the model's ``n_positions``.
@@ -59,12 +59,23 @@ class FTDataset:
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
 
+    @property
+    def fill_state(self) -> list[int]:
+        """The state of the generator that fills up batches: 625 integers in [0, 2**32)."""
+        return list(self._fill.getstate()[1])
+
+    @fill_state.setter
+    def fill_state(self, state: list[int]) -> None:
+        """Sets the state; raises ValueError if it is none."""
+        version, _, gauss = self._fill.getstate()
+        self._fill.setstate((version, tuple(state), gauss))
+
     def cut_off(self) -> int:
         """How many samples have their whole completion beyond ``seq_len``."""
         return sum(len(context) >= self.seq_len for context, _ in self.samples)
 
     def learns(self) -> bool:
-        """Whether any sample has a token to learn."""
+        """Whether any sample has a target."""
         return self.joint_lm or any(completion and len(context) < self.seq_len
                                     for context, completion in self.samples)
 
@@ -74,7 +85,7 @@ class FTDataset:
         return self.samples[item]
 
     def batch(self, items: np.ndarray) -> Batch:
-        """The samples at the given positions; accessed in order, since filling draws."""
+        """The samples at the given positions."""
         shape = (len(items), self.seq_len)
         batch = Batch(np.zeros(shape, np.int32), np.zeros(shape, np.int32),
                       np.zeros(shape, np.float32))
@@ -88,25 +99,25 @@ class FTDataset:
         return batch
 
     def batches(self, seed: int, epoch: int, rank: int = 0, world_size: int = 1,
-                drop_last: bool = False, skip: int = 0) -> Iterator[Batch]:
-        """An epoch's batches for process ``rank`` of ``world_size``, without the first ``skip``.
+                drop_last: bool = False, first: int = 0) -> Iterator[Batch]:
+        """An epoch's batches for process ``rank`` of ``world_size``, from number ``first`` on.
 
         Shuffled and divided as PyTorch's DistributedSampler does: each process takes every
-        world_size-th position, the first ones again where that does not come out even.
+        world_size-th position, and the first ones again if that does not divide evenly.
         ``drop_last`` leaves out a last batch that is not full.
         """
         order = permutation(len(self), seed + epoch)
         share = -(-len(order) // world_size)
         order = np.resize(order, share * world_size)[rank::world_size]
-        for start in range(0, share, self.batch_size):
+        for start in range(first * self.batch_size, share, self.batch_size):
             items = order[start:start + self.batch_size]
             if drop_last and len(items) < self.batch_size:
                 return
-            if start < skip * self.batch_size:
-                for item in items:
-                    self._sample(int(item))  # it may draw, and the later ones go on from there
-            else:
-                yield self.batch(items)
+            yield self.batch(items)
+
+    def full_batches(self, world_size: int) -> int:
+        """The number of batches of an epoch in each process, without one that is not full."""
+        return -(-len(self) // world_size) // self.batch_size
 
     def queries(self) -> list[tuple[int, ...]]:
         """Each sample's context, its last seq_len - eval_len tokens where it is longer."""
@@ -117,12 +128,10 @@ class FTDataset:
 def permutation(n: int, seed: int) -> np.ndarray:
     """``torch.randperm(n, generator=torch.Generator().manual_seed(seed))`` from NumPy alone.
 
-    PyTorch draws from MT19937 with its legacy seeding, one 32-bit number a position, and swaps
-    position i with i + draw mod (n - i).
+    Both draw from MT19937 with the same seeding: one 32-bit number for each position, after which
+    position i is swapped with i + draw mod (n - i).
     """
-    bits = np.random.MT19937()
-    bits._legacy_seeding(seed)
-    draws = bits.random_raw(max(n - 1, 0))
+    draws = np.random.RandomState(seed).randint(0, 2**32, max(n - 1, 0), dtype=np.uint32)
     order = np.arange(n)
     for i, draw in enumerate(draws):
         j = i + int(draw) % (n - i)

@@ -1,8 +1,8 @@
 """GPT-2's byte-level BPE (Radford et al., 2019, section 2.2): text to token ids and back.
 
-A text is split into words (a blank belongs to the word behind it); the UTF-8 bytes of a word are
-its first tokens, and of all neighbours that the merge table knows those of the lowest rank are
-joined, again and again, until none is left.
+A text is split into words (a blank belongs to the word after it). The tokens of a word are at first
+its UTF-8 bytes; then, of all neighbouring tokens in the merge table, the pair of the lowest rank is
+merged, until no pair of the table is left.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Iterable
 
 import regex
 
-from cli import InputError
-from formats import read_lines
+from runtime.errors import InputError
+from runtime.formats import read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -93,11 +93,11 @@ class Encoder:
     def _merge(self, word: bytes) -> list[int]:
         """The token ids of one word.
 
-        The pairs wait in a heap and the tokens form a linked list, so that a word of n bytes takes
-        O(n log n): a pair in the heap counts only if both its tokens are still where it was seen.
+        The candidate pairs are in a heap and the tokens form a linked list, so a word of n bytes
+        takes O(n log n). An entry of the heap is valid only if both its tokens are still there.
         """
         n, gone = len(word), -1
-        ids = [self._byte_ids[byte] for byte in word] + [gone]  # no token at n, which -1 means too
+        ids = [self._byte_ids[byte] for byte in word] + [gone]  # index n, and so index -1: no token
         before, after = list(range(-1, n)), [*range(1, n + 1), n]
 
         def candidate(i: int) -> tuple | None:

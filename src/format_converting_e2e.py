@@ -1,4 +1,4 @@
-"""Stage 1: the E2E corpus as JSON lines, by default a hundredth of it, drawn with a fixed seed.
+"""Stage 1: converts the E2E corpus to JSON lines, by default a random hundredth of it.
 
     python src/format_converting_e2e.py IN OUT [--fraction 0.01] [--seed 2025]
 
@@ -13,9 +13,10 @@ import argparse
 import random
 from decimal import Decimal
 
-import cli
-from cli import InputError
-from formats import read_lines, write_jsonl
+from runtime.errors import InputError
+from runtime.formats import read_lines, write_jsonl
+from runtime.progress import log
+from runtime.script import run
 
 SEPARATOR = "||"
 
@@ -38,9 +39,9 @@ def read_examples(path: str) -> list[dict]:
 
 
 def draw(examples: list[dict], n: int, seed: int) -> list[dict]:
-    """``n`` random examples of different contexts, in the order in which they were drawn.
+    """``n`` random examples with different contexts, in the order in which they were drawn.
 
-    Raises ValueError where there are fewer than ``n`` different contexts.
+    Raises ValueError if there are fewer than ``n`` different contexts.
     """
     distinct = len({example["context"] for example in examples})
     if n > distinct:
@@ -89,8 +90,8 @@ def main() -> None:
             raise InputError(f"{args.input}: {error}; take a smaller --fraction, or 1 for the "
                              "whole file") from None
     write_jsonl(args.output, chosen)
-    cli.log(f"{args.output}: {len(chosen)} of {len(examples)} examples")
+    log(f"{args.output}: {len(chosen)} of {len(examples)} examples")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -15,23 +15,22 @@ from pathlib import Path
 
 import numpy as np
 
-import backend
-import cli
-import processes
-from cli import at_least, between
 from config import MODEL_CARDS, LoRAConfig
-from formats import replacing
+from runtime import backend, processes
+from runtime.flags import ArgumentParser, add_device_flag, at_least, between
+from runtime.formats import replacing
+from runtime.progress import Progress, log
+from runtime.script import run
 
 END_OF_TEXT = 50256
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser("gpt2_beam", description=__doc__.splitlines()[0])
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, help="encoded samples (.jsonl)")
     data.add_argument("--batch_size", type=at_least(1), default=10,
-                      help="contexts searched side by side; changes the speed only")
+                      help="contexts searched at a time; changes the speed only")
     data.add_argument("--seq_len", type=at_least(2), default=512,
                       help="a context keeps its last seq_len - eval_len tokens")
     data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
@@ -41,29 +40,29 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--init_checkpoint", metavar="FILE", required=True,
                        help="weights (.bin, .pt, .safetensors)")
     model.add_argument("--lora_checkpoint", metavar="FILE",
-                       help="LoRA matrices, where --init_checkpoint has only the base")
+                       help="LoRA matrices, if --init_checkpoint has only the base")
     model.add_argument("--lora_dim", type=at_least(0), default=0, help="LoRA's rank r; 0: no LoRA")
     model.add_argument("--lora_alpha", type=at_least(0), default=128,
-                       help="LoRA's detour is scaled by alpha / r")
+                       help="LoRA's output is scaled by alpha / r")
 
     search = parser.add_argument_group("beam search")
-    search.add_argument("--beam", type=at_least(1), default=1, help="beams a context")
+    search.add_argument("--beam", type=at_least(1), default=1, help="beams of a context")
     search.add_argument("--length_penalty", type=between(-10, 10), default=1.0,
                         help="a sequence scores log p / length ** length_penalty")
     search.add_argument("--no_repeat_ngram_size", type=at_least(0), default=4,
-                        help="no n-gram of this size twice; 0: any")
+                        help="no n-gram of this size twice; 0: no such rule")
     search.add_argument("--repetition_penalty", type=at_least(0.01, float), default=1.0,
-                        help="of tokens generated before; 1: none")
+                        help="on tokens generated before; 1: none")
     search.add_argument("--min_length", type=at_least(0), default=0,
                         help="no end token before so many tokens")
     search.add_argument("--eos_token_id", type=at_least(0), action="append", default=[END_OF_TEXT],
-                        help="one more end token")
+                        help="a further end token; may be repeated")
 
     output = parser.add_argument_group("output")
     output.add_argument("--work_dir", type=Path, default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
                         help="folder of the output file")
     output.add_argument("--output_file", default="beam_prediction.jsonl", help="its name there")
-    backend.add_device_flag(parser)
+    add_device_flag(parser)
     args = parser.parse_args()
 
     config = MODEL_CARDS[args.model_card]
@@ -80,10 +79,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     backend.start(args.device)
-    # Jittor, and all that needs it, only now: see backend.
+    # What needs Jittor is imported after the start, see backend.
     import checkpoint
     from beam_search import BeamOptions, predict
     from dataset import FTDataset
+    from generator import Generator
     from model import GPT2LMModel
 
     card = MODEL_CARDS[args.model_card]
@@ -91,21 +91,23 @@ def main() -> None:
                         vocab_size=card.vocab_size, n_positions=card.n_positions).queries()
     model = GPT2LMModel(card, LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
-    model.pack_weights()
-    options = BeamOptions(args.beam, args.eval_len, args.min_length, args.length_penalty,
-                          args.no_repeat_ngram_size, args.repetition_penalty,
-                          frozenset(args.eos_token_id))
-    # Each process searches for its share of the different contexts, long ones and short ones.
+    generator = Generator(model)
+    del model  # so that its matrices are freed as they are packed
+    options = BeamOptions(
+        beam=args.beam, eval_len=args.eval_len, min_length=args.min_length,
+        length_penalty=args.length_penalty, no_repeat_ngram_size=args.no_repeat_ngram_size,
+        repetition_penalty=args.repetition_penalty, eos_token_ids=frozenset(args.eos_token_id))
+    # Each process searches its share of the different contexts, both long and short ones.
     distinct = sorted(dict.fromkeys(queries), key=len)
     share = set(distinct[processes.rank()::processes.world_size()])
     mine = [i for i, query in enumerate(queries) if query in share]
     predictions = np.zeros((len(queries), args.eval_len), np.int32)
     output = args.work_dir / args.output_file
     started = time.perf_counter()
-    # Opened now: a bad path fails before the search.
+    # Opened before the search, so that a bad path fails at once.
     with replacing(output) if processes.rank() == 0 else nullcontext() as file:
-        with cli.Progress(len(mine), "beam search", "sample") as bar:
-            answers = predict(model, [queries[i] for i in mine], options, args.batch_size,
+        with Progress(len(mine), "beam search", "sample") as bar:
+            answers = predict(generator, [queries[i] for i in mine], options, args.batch_size,
                               bar.update)
         for i, answer in zip(mine, answers):
             predictions[i] = answer
@@ -114,9 +116,9 @@ def main() -> None:
             for i, ids in enumerate(predictions.tolist()):
                 file.write(f"{json.dumps({'id': i, 'predict': ids})}\n".encode("utf-8"))
     took = time.perf_counter() - started
-    cli.log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
+    log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
             f"{len(queries) / took:.2f} samples/s; saved {output}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

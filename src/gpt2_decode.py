@@ -1,4 +1,4 @@
-"""Stage 5: predicted token ids as text, beside the references of the same contexts.
+"""Stage 5: decodes predicted token ids to text, and collects the references of each context.
 
     python src/gpt2_decode.py --vocab DIR --sample_file F --input_file F \\
         --output_ref_file F --output_pred_file F [--ref_type e2e|webnlg|dart] ...
@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Hashable
 
-import cli
-from cli import InputError
 from encoder import END_OF_TEXT, Encoder, get_encoder
-from formats import read_jsonl, read_lines, replacing
+from runtime.errors import InputError
+from runtime.formats import read_jsonl, read_lines, replacing
+from runtime.progress import log
+from runtime.script import run
 
 
 @dataclass
 class Group:
-    """What belongs to one context; ``line`` is where it first stands in the input."""
+    """What belongs to one context; ``line`` is the first line of the input that has it."""
 
     line: int
     references: list[str] = field(default_factory=list)
@@ -36,26 +37,26 @@ class Group:
 def clean(text: str) -> str:
     """The text up to ``<|endoftext|>`` and the first empty line, on one line.
 
-    A single line break becomes a blank: in the output files a line is a record.
+    A single line break becomes a blank, since in the output files each line is a record.
     """
     text = text.split(END_OF_TEXT)[0].split("\n\n")[0]
     return re.sub(r"\s*[\r\n]\s*", " ", text.strip())
 
 
 def standard_tokenize(text: str) -> str:
-    """The text's words and its other characters, with one blank between each two."""
+    """The text's words and its other characters, separated by blanks."""
     return " ".join(re.findall(r"\w+|[^\w\s]", text))
 
 
 def post_process(text: str, tokenize: bool, lower: bool) -> str:
-    """The text in lower case and tokenised, as far as wanted."""
+    """The text, in lower case and tokenised if so asked."""
     if lower:
         text = text.lower()
     return standard_tokenize(text) if tokenize else text
 
 
 def read_keys(path: str, input_file: str, n: int) -> list[int]:
-    """The integers of a file with one a line, which must be ``n``, as in ``input_file``."""
+    """The integers in a file of one a line; there must be ``n``, as many as in ``input_file``."""
     keys = []
     for number, line in enumerate(read_lines(path), start=1):
         try:
@@ -73,8 +74,8 @@ def group_references(path: str, records: list[dict], keys: list[Hashable],
                      wanted: str) -> dict[Hashable, Group]:
     """The groups of an input file's records, where record i belongs to group ``keys[i]``.
 
-    ``wanted`` is all, seen or unseen: the records whose "cate" is true or false. Raises InputError
-    for a completion without text, and if no record is wanted.
+    ``wanted`` is all, seen (records whose "cate" is true) or unseen (false). Raises InputError for
+    a completion without text, and if no record is wanted.
     """
     groups = {}
     for line, (record, key) in enumerate(zip(records, keys), start=1):
@@ -130,12 +131,12 @@ def reference_files(target: str, ref_type: str, ref_num: int,
 
 
 def write_together(files: dict[Path, list[str]]) -> None:
-    """Writes the lines of several files; none takes its place before all are written."""
+    """Writes several files of lines; no file is replaced before all are written."""
     with ExitStack() as stack:
         for path, lines in files.items():
             file = stack.enter_context(replacing(path))
             file.writelines(f"{line}\n".encode("utf-8") for line in lines)
-            file.flush()  # a disk that is full says so before the first takes its place
+            file.flush()  # so that a full disk is noticed before the first file is replaced
             os.fsync(file.fileno())
 
 
@@ -203,9 +204,9 @@ def main() -> None:
         raise InputError(f"{pred_file}: named for the predictions and for references; give "
                          "--output_pred_file another name")
     write_together({**files, pred_file: predictions})
-    cli.log(f"{args.output_pred_file}: {len(predictions)} predictions; {args.output_ref_file}: "
+    log(f"{args.output_pred_file}: {len(predictions)} predictions; {args.output_ref_file}: "
             f"{sum(map(len, references))} references")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

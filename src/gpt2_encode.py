@@ -1,24 +1,24 @@
-"""Stage 2: JSON lines of text as JSON lines of GPT-2 token ids.
+"""Stage 2: encodes JSON lines of text as JSON lines of GPT-2 token ids.
 
     python src/gpt2_encode.py --vocab DIR --input F --output F [--add_bos] [--add_eos]
 
-A completion is encoded with a blank before it, as the continuation of its context that it is.
+A completion is encoded with a blank before it, because it continues its context.
 """
 
 from __future__ import annotations
 
 import argparse
 
-import cli
 from encoder import Encoder, get_encoder
-from formats import read_jsonl, write_jsonl
+from runtime.formats import read_jsonl, write_jsonl
+from runtime.progress import log, progress
+from runtime.script import run
 
 
 def encode_record(record: dict, encoder: Encoder, add_bos: bool, add_eos: bool) -> dict:
     """The token ids of a record's context and completion.
 
-    ``add_bos`` ends the context with ``<|endoftext|>``, the completion's first left neighbour;
-    ``add_eos`` ends the completion with it.
+    ``add_bos`` appends ``<|endoftext|>`` to the context, ``add_eos`` to the completion.
     """
     end = [encoder.end_of_text]
     return {"context": encoder.encode(record["context"]) + end * add_bos,
@@ -36,17 +36,17 @@ def main() -> None:
     parser.add_argument("--add_bos", action="store_true",
                         help="put <|endoftext|> between context and completion")
     parser.add_argument("--add_eos", action="store_true",
-                        help="put <|endoftext|> behind the completion")
+                        help="put <|endoftext|> after the completion")
     args = parser.parse_args()
 
     records = read_jsonl(args.input, {"context": str, "completion": str},
                          "make the file with src/format_converting_e2e.py")
     encoder = get_encoder(args.vocab)
     encoded = [encode_record(record, encoder, args.add_bos, args.add_eos)
-               for record in cli.progress(records, "encode", unit="lines")]
+               for record in progress(records, "encode", unit="lines")]
     write_jsonl(args.output, encoded)
-    cli.log(f"{args.output}: {len(encoded)} examples")
+    log(f"{args.output}: {len(encoded)} examples")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Callable
+from typing import Callable, Collection
 
 import jittor as jt
 
@@ -13,31 +12,26 @@ import ops
 Schedule = Callable[[int], float]  # number of micro-batches done -> learning rate
 
 
-@dataclass
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019), after the update.
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019), which follows the update.
 
     Bias correction is off unless asked for, as in the original. Parameters whose name is in
     ``no_decay`` are not decayed.
     """
 
-    parameters: dict[str, jt.Var]
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-6
-    weight_decay: float = 0.01
-    correct_bias: bool = False
-    no_decay: frozenset = frozenset()
-    updates: int = 0
-    m: dict[str, jt.Var] = field(init=False)  # running mean of the gradient
-    v: dict[str, jt.Var] = field(init=False)  # running mean of its square
-
-    def __post_init__(self):
-        self.m = {name: jt.zeros(p.shape).stop_grad() for name, p in self.parameters.items()}
-        self.v = {name: jt.zeros(p.shape).stop_grad() for name, p in self.parameters.items()}
+    def __init__(self, parameters: dict[str, jt.Var], *, beta1: float = 0.9, beta2: float = 0.98,
+                 epsilon: float = 1e-6, weight_decay: float = 0.01, correct_bias: bool = False,
+                 no_decay: Collection[str] = ()):
+        self.parameters, self.no_decay = parameters, no_decay
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
+        self.weight_decay, self.correct_bias = weight_decay, correct_bias
+        self.updates = 0
+        # running means of the gradient and of its square, by parameter name
+        self.m = {name: jt.zeros(p.shape).stop_grad() for name, p in parameters.items()}
+        self.v = {name: jt.zeros(p.shape).stop_grad() for name, p in parameters.items()}
 
     def step(self, gradients: dict[str, jt.Var], lr: float) -> None:
-        """Moves every parameter once; ``gradients`` by parameter name."""
+        """Updates every parameter once; ``gradients`` by parameter name."""
         self.updates += 1
         step_size = lr
         if self.correct_bias:
@@ -64,9 +58,9 @@ def make_schedule(name: str, lr: float, warmup_step: int, max_step: int,
                   i_steps: list[int], i_lrs: list[float]) -> Schedule:
     """The learning rate as a function of the micro-batches done so far (0 for the first).
 
-    linear: up over warmup_step, then down to 0 at max_step. constant: up, then level. cosine: up,
-    then half a cosine over max_step. cycle: straight lines through (i_steps, i_lrs).
-    inv_sqrt and dev_perf have no schedule in the original either: always lr.
+    linear: rises over warmup_step, then falls to 0 at max_step. constant: rises, then stays.
+    cosine: rises, then half a cosine over max_step. cycle: linear between the points
+    (i_steps, i_lrs). inv_sqrt and dev_perf have no schedule in the original either: always lr.
     """
 
     def linear(step):

@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: ``train.log``, ``metrics.csv`` and ``loss.png``."""
+"""The records of a training run: ``train.log``, ``metrics.csv`` and ``loss.png``."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import os
 from pathlib import Path
 from typing import Callable
 
-from cli import InputError
-from formats import replacing
+from runtime.errors import InputError
+from runtime.formats import replacing
 
 COLUMNS = ("step", "epoch", "lr", "loss", "valid_loss", "ms_per_batch")
 FILES = ("train.log", "metrics.csv")
 
 
 class RunLog:
-    """Log lines on screen and in WORK_DIR/train.log, one row a micro-batch in metrics.csv.
+    """Log lines on screen and in WORK_DIR/train.log, one row for each step in metrics.csv.
 
-    Both files begin anew with the run, or go on from the ``sizes`` that :meth:`sync` returned to
-    the run that broke off; what it wrote after that is cut away. Raises InputError where work_dir
-    cannot be written, or lacks the beginning of the files. Without ``write`` it does nothing.
+    Without ``sizes`` both files begin anew. With them, as :meth:`sync` returned them to the run
+    that broke off, both are cut to these sizes and continued. Raises InputError if work_dir cannot
+    be written or lacks the beginning of the files. If ``write`` is false, it does nothing.
     """
 
     def __init__(self, work_dir: Path, say: Callable[[str], None],
                  sizes: list[int] | None = None, write: bool = True):
         self.work_dir, self._say, self._write = work_dir, say, write
         self.rows: list[tuple[int, float, float | None]] = []
-        self._waiting = ""  # rows of metrics.csv that are not on disk yet
+        self._buffer = ""  # rows of metrics.csv that are not written yet
         if not write:
             return
         try:
             work_dir.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: what cannot be written fails at once, and nothing is left to fail later.
+            # Unbuffered, so that an error occurs when a line is written and not when it is closed.
             self._log, self._metrics = (
                 open(work_dir / name, "wb" if sizes is None else "r+b", buffering=0)
                 for name in FILES)
@@ -50,7 +50,7 @@ class RunLog:
             self._read_rows()
 
     def line(self, text: str) -> None:
-        """Says ``text`` and appends it to train.log; metrics.csv is on disk up to here, too."""
+        """Prints ``text`` and appends it to train.log; writes metrics.csv up to here, too."""
         if not self._write:
             return
         self._say(text)
@@ -59,7 +59,7 @@ class RunLog:
 
     def metrics(self, step: int, epoch: int, lr: float, loss: float, valid_loss: float | None,
                 ms_per_batch: float) -> None:
-        """One micro-batch: the learning rate it used and its loss; the validation's if it ran."""
+        """One step: its learning rate, its loss, and the validation loss if there was one."""
         if not self._write:
             return
         self.rows.append((step, loss, valid_loss))
@@ -67,7 +67,7 @@ class RunLog:
         self._row((step, epoch, repr(lr), repr(loss), valid, f"{ms_per_batch:.2f}"))
 
     def sync(self) -> list[int]:
-        """Brings both files to the disk and returns their sizes in bytes."""
+        """Writes both files to the disk and returns their sizes in bytes."""
         self._flush()
         try:
             for file in (self._log, self._metrics):
@@ -89,22 +89,22 @@ class RunLog:
     def _row(self, values: tuple) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(values)
-        self._waiting += text.getvalue()
+        self._buffer += text.getvalue()
 
     def _flush(self) -> None:
-        self._append(self._metrics, self._waiting)
-        self._waiting = ""
+        self._append(self._metrics, self._buffer)
+        self._buffer = ""
 
     def _append(self, file: io.FileIO, text: str) -> None:
         rest = memoryview(text.encode("utf-8"))
         try:
-            while rest:  # a disk that is nearly full takes a part
+            while rest:  # a disk that is nearly full takes only a part
                 rest = rest[file.write(rest):]
         except OSError as error:
             raise self._unwritable(error) from None
 
     def _read_rows(self) -> None:
-        """The rows of the run so far, for the curve."""
+        """Reads the rows of the run so far, for the loss curve."""
         path = self.work_dir / "metrics.csv"
         try:
             with open(path, encoding="utf-8", newline="") as file:

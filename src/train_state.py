@@ -1,9 +1,9 @@
-"""The state of a training run on its way: all that the steps to come depend on, in one file.
+"""The state of an unfinished training run: all that its next steps depend on, in one file.
 
 ``WORK_DIR/resume.STEP.pt`` holds the trained weights (under ``model_state_dict``, so that the
 file also serves as ``--lora_checkpoint``), AdamW's moments, the gradients added up since the last
-update, the counters, and the settings of the run, which a run that goes on must share. Dropout
-and the order of samples follow from the seed and the step; no generator needs saving.
+update, the counters, the state of the generators that fill up batches, and the settings, which a
+run that resumes must share. Dropout and the order of samples follow from the seed and the step.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from pathlib import Path
 import jittor as jt
 import numpy as np
 
-import torch_file
-from cli import InputError
 from optimizer import AdamW
+from runtime import torch_file
+from runtime.errors import InputError
 
 NAME = re.compile(r"resume\.(\d+)\.pt")
-KEPT = 2  # the newest states in a work dir: should one be damaged, there is another
+KEPT = 2  # states in a work dir: if the newest is damaged, there is another
 
 
 @dataclass
 class Counters:
-    """Where a run stands after ``step`` micro-batches."""
+    """The counters of a run after ``step`` micro-batches."""
 
     step: int = 0
     updates: int = 0  # of the optimizer
     log_sum: float = 0.0  # of the losses since the last log line
     log_count: int = 0
     best_ppl: float = math.inf
-    checkpoints: list[int] = field(default_factory=list)  # steps of the model.STEP.pt there are
+    checkpoints: list[int] = field(default_factory=list)  # steps of the model.STEP.pt it saved
     log_sizes: list[int] = field(default_factory=list)  # bytes of train.log and metrics.csv
 
 
@@ -49,6 +49,8 @@ class TrainState:
     m: dict[str, np.ndarray]
     v: dict[str, np.ndarray]
     gradients: dict[str, np.ndarray]  # empty right after an update
+    train_fill: list[list[int]]  # FTDataset.fill_state in each process
+    valid_fill: list[list[int]]
 
     def differing(self, settings: dict[str, object]) -> str | None:
         """The first of ``settings`` that the run of this state did not have, or None."""
@@ -75,11 +77,12 @@ class TrainState:
 
 
 def write(work_dir: Path, settings: dict[str, object], counters: Counters, optimizer: AdamW,
-          gradients: dict[str, jt.Var]) -> Path:
-    """Writes ``resume.STEP.pt`` whole or not at all and prunes older ones; returns its path.
+          gradients: dict[str, jt.Var], train_fill: list[list[int]],
+          valid_fill: list[list[int]]) -> Path:
+    """Writes ``resume.STEP.pt`` whole or not at all and removes older ones; returns its path.
 
-    Raises InputError where it cannot be written, and FloatingPointError where a number in it is
-    not finite: nothing could go on from there.
+    Raises InputError if it cannot be written, and FloatingPointError if a number in it is not
+    finite, for training could not continue from there.
     """
     tables = {"model_state_dict": optimizer.parameters, "m": optimizer.m, "v": optimizer.v,
               "gradients": gradients}
@@ -90,8 +93,9 @@ def write(work_dir: Path, settings: dict[str, object], counters: Counters, optim
             if not np.isfinite(array).all():
                 raise FloatingPointError(f"{key} of {name}")
     path = work_dir / f"resume.{counters.step}.pt"
-    remove(work_dir, keep=KEPT - 1)  # first, so that no more than KEPT need space at once
-    about = {"settings": settings, "counters": asdict(counters)}
+    remove(work_dir, keep=KEPT - 1)  # before writing, so that the disk never holds more than KEPT
+    about = {"settings": settings, "counters": asdict(counters), "train_fill": train_fill,
+             "valid_fill": valid_fill}
     torch_file.save(path, {**arrays, "about": json.dumps(about)})
     return path
 
@@ -118,6 +122,7 @@ def read(path: Path) -> TrainState:
         raw = torch_file.load(path)
         about = json.loads(raw["about"])
         settings, counters = dict(about["settings"]), Counters(**about["counters"])
+        fills = about["train_fill"], about["valid_fill"]
         tables = [raw[key] for key in ("model_state_dict", "m", "v", "gradients")]
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; check its "
@@ -125,18 +130,28 @@ def read(path: Path) -> TrainState:
     except (torch_file.TorchFileError, LookupError, TypeError, ValueError, RecursionError) as error:
         refused = f": {error}" if isinstance(error, torch_file.TorchFileError) else ""
         raise InputError(f"{path}: no state of a training run{refused}; remove it") from None
-    fields = asdict(counters)
-    well_typed = all(
-        isinstance(value, type(fields[name])) for name, value in asdict(Counters()).items()
-    ) and all(type(n) is int and n >= 0 for n in (counters.step, counters.updates,
-                                                  counters.log_count, *counters.checkpoints,
-                                                  *counters.log_sizes))
-    if not well_typed or len(counters.log_sizes) != 2 or not all(
+    if not _well_typed(counters) or not all(
+            _is_fill(states, settings.get("np")) for states in fills) or not all(
             isinstance(table, dict) and all(
                 isinstance(array, np.ndarray) and array.dtype == np.float32
                 for array in table.values()) for table in tables):
         raise InputError(f"{path}: no state of a training run; remove it")
-    return TrainState(path, settings, counters, *tables)
+    return TrainState(path, settings, counters, *tables, *fills)
+
+
+def _well_typed(counters: Counters) -> bool:
+    fields = asdict(counters)
+    whole = (counters.step, counters.updates, counters.log_count, *counters.checkpoints,
+             *counters.log_sizes)
+    return all(isinstance(value, type(fields[name])) for name, value in asdict(Counters()).items()
+               ) and all(type(n) is int and n >= 0 for n in whole) and len(counters.log_sizes) == 2
+
+
+def _is_fill(states: object, world_size: object) -> bool:
+    """Whether this is a list of states of Python's generator, one for each process."""
+    return isinstance(states, list) and len(states) == world_size and all(
+        isinstance(state, list) and len(state) == 625 and state[-1] in range(625)
+        and all(type(n) is int and 0 <= n < 2**32 for n in state) for state in states)
 
 
 def remove(work_dir: Path, keep: int = 0, step: int | None = None) -> None:

@@ -1,214 +1,292 @@
-"""The training loop: micro-batches, updates, validation, log lines and checkpoints."""
+"""Training: one step (:class:`Trainer`), and a run of many with all that it leaves behind
+(:class:`TrainingRun`)."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import jittor as jt
 
 import checkpoint
-import loralib as lora
-import processes
+import lora
 import train_state
-from cli import InputError, Interrupted, Progress, StopRequest
 from dataset import Batch, FTDataset
 from model import GPT2LMModel
 from optimizer import AdamW, Schedule, clip_gradients
 from run_log import RunLog
+from runtime import processes
+from runtime.errors import InputError, Interrupted
 from train_state import Counters, TrainState
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train; steps are micro-batches, of which ``grad_acc`` make an update."""
+    """How a step trains. A step is a micro-batch; ``grad_acc`` of them make an update."""
+
+    grad_acc: int = 1
+    clip: float = 0.0  # largest norm of the whole gradient; 0: no limit
+    label_smooth: float = 0.0
+    seed: int = 10  # of dropout and of the order of samples
+
+
+class Trainer:
+    """A model in training: its optimizer, the gradients since the last update, the steps done.
+
+    If there are several processes, each calls :meth:`step` with a batch of its own; all hold the
+    same weights.
+    """
+
+    def __init__(self, model: GPT2LMModel, optimizer: AdamW, schedule: Schedule,
+                 options: TrainOptions):
+        self.model, self.optimizer = model, optimizer
+        self.schedule, self.options = schedule, options
+        self.steps = 0
+        self.gradients: dict[str, jt.Var] = {}  # by parameter name; empty after an update
+        model.train()
+
+    def step(self, batch: Batch) -> float:
+        """Forward and backward pass of a micro-batch, at each grad_acc-th also an update.
+
+        Returns the loss over all processes' batches. Raises FloatingPointError, before the update,
+        if it is not finite.
+        """
+        options = self.options
+        lora.seed_dropout(self.model, options.seed,
+                          (self.steps + 1) * processes.world_size() + processes.rank())
+        share = self._share_of_loss(batch, options.label_smooth)
+        self._accumulate(share / options.grad_acc)
+        loss = processes.total_number(float(share.item()))
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {self.steps + 1}")
+        if (self.steps + 1) % options.grad_acc == 0:
+            self._update()
+        self.steps += 1
+        return loss
+
+    def evaluate(self, data: FTDataset) -> float:
+        """The mean loss over a data set's batches, without dropout and label smoothing."""
+        self.model.eval()
+        losses = []
+        with jt.no_grad():
+            # Shuffled as by the original's loader, whose epoch stays 0 in validation.
+            for batch in data.batches(self.options.seed, 0, processes.rank(),
+                                      processes.world_size()):
+                losses.append(processes.total_number(float(self._share_of_loss(batch).item())))
+        self.model.train()
+        return sum(losses) / len(losses)
+
+    def _share_of_loss(self, batch: Batch, label_smooth: float = 0.0) -> jt.Var:
+        """What this process adds to the loss of all processes' batches taken as one batch."""
+        loss = self.model.loss(batch.input_ids, batch.target, batch.mask, label_smooth)
+        if processes.world_size() == 1:
+            return loss
+        # The model's loss is the mean over this process's targets: weight it by their number.
+        targets = float(batch.mask.sum())
+        return loss * ((targets + 0.0001) / (processes.total_number(targets) + 0.0001))
+
+    def _accumulate(self, loss: jt.Var) -> None:
+        """Adds the gradient of the sum of all processes' ``loss`` to ``gradients``."""
+        parameters = self.optimizer.parameters
+        new = processes.total(jt.grad(loss, list(parameters.values())))
+        for name, gradient in zip(parameters, new):
+            old = self.gradients.get(name)
+            self.gradients[name] = gradient if old is None else old + gradient
+        jt.sync(list(self.gradients.values()))
+
+    def _update(self) -> None:
+        """Updates the weights by the gradients added up, at the learning rate of this step."""
+        if self.options.clip > 0:
+            self.gradients = clip_gradients(self.gradients, self.options.clip)
+        self.optimizer.step(self.gradients, self.schedule(self.steps))
+        self.gradients = {}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How long a run lasts, and what it leaves when; intervals are in steps."""
 
     work_dir: Path
     max_step: int
-    max_epoch: int | None  # None: until max_step
-    grad_acc: int
-    clip: float  # largest gradient norm, 0: any
-    label_smooth: float
+    max_epoch: int | None  # None: no limit but max_step
     log_interval: int
     eval_interval: int
     save_interval: int
     state_interval: int
-    keep_last: int | None  # checkpoints before the last; None: all
-    seed: int
-    settings: dict[str, object]  # all that a run must share with one it goes on from
+    keep_last: int | None  # how many checkpoints before the last to keep; None: all
+    settings: dict[str, object]  # what a run must share with the one that it resumes
 
 
-def train(model: GPT2LMModel, optimizer: AdamW, schedule: Schedule, train_data: FTDataset,
-          valid_data: FTDataset, options: TrainOptions, say: Callable[[str], None],
-          state: TrainState | None = None) -> Path:
-    """Trains what ``optimizer`` holds and returns the last checkpoint, which has every weight.
+class TrainingRun:
+    """Trains on ``train_data`` and leaves files in WORK_DIR:
 
-    Goes on from ``state`` where there is one, as if the run had never stopped. Leaves
-    WORK_DIR/{train.log, metrics.csv, loss.png, model.STEP.pt, model.best.pt}, and resume.STEP.pt
-    until the end. Raises InputError when the loss is no longer finite, and Interrupted, the state
-    being saved, when the user stops it. Of several processes each sees its share of the samples;
-    all hold the same weights, and process 0 writes.
+    train.log, metrics.csv, loss.png, model.STEP.pt, model.best.pt, and until the end
+    resume.STEP.pt. If there are several processes, process 0 writes. ``say`` gets each log line.
     """
-    rank, world_size = processes.rank(), processes.world_size()
-    done, gradients = Counters(), {}
-    if state:
-        done, gradients = state.counters, state.restore(optimizer)
-    elif rank == 0:
-        train_state.remove(options.work_dir)  # of an earlier run, whose logs go now
-    log = RunLog(options.work_dir, say, done.log_sizes or None, write=rank == 0)
 
-    def save(name: str, whole: bool = not model.lora_config.r) -> Path:
-        path = options.work_dir / name
-        if rank == 0:
-            (checkpoint.save_model if whole else checkpoint.save_lora)(model, path)
-        return path
+    def __init__(self, trainer: Trainer, train_data: FTDataset, valid_data: FTDataset,
+                 options: RunOptions, say: Callable[[str], None]):
+        self.trainer, self.train_data, self.valid_data = trainer, train_data, valid_data
+        self.options, self.say = options, say
+        self.counters = Counters()
+        self.writes = processes.rank() == 0
+        self.only_lora = trainer.model.lora_config.r > 0  # trains, and is saved before the end
 
-    def diverged(what: str) -> InputError:
-        flag = "--lora_checkpoint" if model.lora_config.r else "--init_checkpoint"
-        return _diverged(options.work_dir, what, flag)
+    def run(self, state: TrainState | None = None,
+            stop_requested: Callable[[], bool] = lambda: False,
+            on_step: Callable[[str], None] = lambda note: None) -> Path:
+        """Trains to the end and returns the last checkpoint, which has every weight.
 
-    def save_state() -> None:
-        if rank:
-            return
-        done.log_sizes = log.sync()
-        done.updates = optimizer.updates
-        try:
-            train_state.write(options.work_dir, options.settings, done, optimizer, gradients)
-        except FloatingPointError as error:
-            raise diverged(f"{error} is no longer finite after step {done.step}") from None
-
-    for _ in range(done.step // options.eval_interval):  # as the validations so far have left it
-        deque(valid_data.batches(options.seed, 0, rank, world_size, skip=len(valid_data)), maxlen=0)
-    log_started, log_step = time.perf_counter(), done.step
-    model.train()
-    with StopRequest(say) as stop, Progress(options.max_step, "training", "batch",
-                                            initial=done.step) as bar:
-        batches = _micro_batches(train_data, options, done.step)
-        for epoch, index, batch in itertools.islice(batches, options.max_step - done.step):
-            step = done.step + 1
+        Continues from ``state``, if given, as if the run had never stopped. ``on_step`` gets the
+        loss and perplexity in words after each step. Raises InputError when the loss is no longer
+        finite, and Interrupted, after it saved the state, when ``stop_requested``.
+        """
+        options, trainer, counters = self.options, self.trainer, self._begin(state)
+        last_log = trainer.steps, time.perf_counter()
+        for epoch, index, batch in self._micro_batches():
             started = time.perf_counter()
-            lr = schedule(step - 1)
-            lora.seed_dropout(model, options.seed, step * world_size + rank)
-            loss = _loss(model, batch, options.label_smooth)
-            accumulate(gradients, loss / options.grad_acc, optimizer.parameters)
-            loss, stopped = processes.total_numbers(float(loss.item()), stop.requested)
-            if not math.isfinite(loss):
-                if rank == 0:  # the weights that gave this
-                    train_state.remove(options.work_dir, step=done.step)
-                raise diverged(f"the loss is {loss} at step {step}")
-            if step % options.grad_acc == 0:
-                if options.clip > 0:
-                    gradients = clip_gradients(gradients, options.clip)
-                optimizer.step(gradients, lr)
-                gradients = {}
-            took = (time.perf_counter() - started) * 1000
-            done.step = step
-            done.log_sum += loss
-            done.log_count += 1
-            average = done.log_sum / done.log_count
-            bar.update(note=f"loss {loss:.2f}, ppl {_ppl(average):.2f}")
+            loss = self._step(batch)
+            milliseconds = (time.perf_counter() - started) * 1000
+            step = trainer.steps
+            counters.log_sum += loss
+            counters.log_count += 1
+            on_step(f"loss {loss:.2f}, ppl {_ppl(counters.log_sum / counters.log_count):.2f}")
 
             if step % options.log_interval == 0:
-                now = time.perf_counter()
-                log.line(f"| epoch {epoch:3d} step {step:>8d} | {index:>6d} batches | "
-                         f"lr {schedule(step):.3g} | "
-                         f"ms/batch {(now - log_started) * 1000 / (step - log_step):5.2f} | "
-                         f"loss {loss:5.2f} | avg loss {average:5.2f} | ppl {_ppl(average):5.2f}")
-                log_started, log_step = now, step
-                done.log_sum, done.log_count = 0.0, 0
+                self._log_step(epoch, index, loss, last_log)
+                last_log = step, time.perf_counter()
             if step % options.save_interval == 0 and step < options.max_step:
-                save(f"model.{step}.pt")
-                done.checkpoints.append(step)
-                if rank == 0:
-                    _prune(options.work_dir, done.checkpoints, options.keep_last)
-            valid_loss = None
-            if step % options.eval_interval == 0:
-                valid_started = time.perf_counter()
-                valid_loss = evaluate(model, valid_data, options.seed)
-                if _ppl(valid_loss) < done.best_ppl:
-                    done.best_ppl = _ppl(valid_loss)
-                    save("model.best.pt")
-                log.line(f"| Eval {step // options.eval_interval:3d} at step {step:>8d} | "
-                         f"time: {time.perf_counter() - valid_started:5.2f}s | "
-                         f"valid loss {valid_loss:5.2f} | valid ppl {_ppl(valid_loss):5.2f} | "
-                         f"best ppl {done.best_ppl:5.2f} ")
-            log.metrics(step, epoch, lr, loss, valid_loss, took)
+                self._save_checkpoint()
+            valid_loss = self._validate() if step % options.eval_interval == 0 else None
+            self.log.metrics(step, epoch, trainer.schedule(step - 1), loss, valid_loss,
+                             milliseconds)
             if step < options.max_step:
-                if stopped:
-                    save_state()
-                    processes.total_numbers(0)  # none ends before the state is on disk
-                    raise Interrupted(f"stopped after step {step}; to continue: the same command "
-                                      "with --resume")
+                if processes.any_of(stop_requested()):
+                    self._stop()
                 if step % options.state_interval == 0:
-                    save_state()
-    last = save(f"model.{done.step}.pt", whole=True)
-    log.close()
-    if rank == 0:
-        train_state.remove(options.work_dir)
-    return last
+                    self._save_state()
+        return self._finish()
 
+    def _begin(self, state: TrainState | None) -> Counters:
+        """Restores ``state`` or, without one, removes what an earlier run left to resume from."""
+        if state is not None:
+            self.counters = state.counters
+            self.trainer.gradients = state.restore(self.trainer.optimizer)
+            self.trainer.steps = state.counters.step
+            for data, states in ((self.train_data, state.train_fill),
+                                 (self.valid_data, state.valid_fill)):
+                data.fill_state = states[processes.rank()]
+        elif self.writes:
+            train_state.remove(self.options.work_dir)
+        self.log = RunLog(self.options.work_dir, self.say,
+                          state.counters.log_sizes if state else None, write=self.writes)
+        return self.counters
 
-def evaluate(model: GPT2LMModel, data: FTDataset, seed: int) -> float:
-    """The mean over a data set's batches of their losses, without dropout and smoothing."""
-    model.eval()
-    losses = []
-    with jt.no_grad():
-        # Shuffled as the original's loader does, with the epoch it never sets.
-        for batch in data.batches(seed, 0, processes.rank(), processes.world_size()):
-            losses += processes.total_numbers(float(_loss(model, batch).item()))
-    model.train()
-    return sum(losses) / len(losses)
+    def _micro_batches(self) -> Iterator[tuple[int, int, Batch]]:
+        """(epoch, number in it, batch) of the steps that are left; the numbers begin at 1."""
+        seed, max_epoch = self.trainer.options.seed, self.options.max_epoch
+        rank, world_size = processes.rank(), processes.world_size()
+        epochs, first = divmod(self.trainer.steps, self.train_data.full_batches(world_size))
 
+        def batches() -> Iterator[tuple[int, int, Batch]]:
+            begin = first
+            for epoch in itertools.count(epochs + 1):
+                if max_epoch is not None and epoch > max_epoch:
+                    return
+                for index, batch in enumerate(self.train_data.batches(
+                        seed, epoch, rank, world_size, drop_last=True, first=begin)):
+                    yield epoch, begin + index + 1, batch
+                begin = 0
 
-def _loss(model: GPT2LMModel, batch: Batch, label_smooth: float = 0.0) -> jt.Var:
-    """What this process adds to the loss of all processes' batches taken as one."""
-    loss = model.loss(batch.input_ids, batch.target, batch.mask, label_smooth)
-    if processes.world_size() == 1:
+        return itertools.islice(batches(), self.options.max_step - self.trainer.steps)
+
+    def _step(self, batch: Batch) -> float:
+        try:
+            return self.trainer.step(batch)
+        except FloatingPointError as error:
+            if self.writes:  # the state of these weights
+                train_state.remove(self.options.work_dir, step=self.trainer.steps)
+            raise self._diverged(error) from None
+
+    def _log_step(self, epoch: int, index: int, loss: float, last_log: tuple[int, float]) -> None:
+        """The original's log line; averages are over the steps since the one before."""
+        step, counters = self.trainer.steps, self.counters
+        average = counters.log_sum / counters.log_count
+        milliseconds = (time.perf_counter() - last_log[1]) * 1000 / (step - last_log[0])
+        self.log.line(f"| epoch {epoch:3d} step {step:>8d} | {index:>6d} batches | "
+                      f"lr {self.trainer.schedule(step):.3g} | ms/batch {milliseconds:5.2f} | "
+                      f"loss {loss:5.2f} | avg loss {average:5.2f} | ppl {_ppl(average):5.2f}")
+        counters.log_sum, counters.log_count = 0.0, 0
+
+    def _validate(self) -> float:
+        """Logs the validation loss and returns it; keeps the best weights in model.best.pt."""
+        step, started = self.trainer.steps, time.perf_counter()
+        loss = self.trainer.evaluate(self.valid_data)
+        if _ppl(loss) < self.counters.best_ppl:
+            self.counters.best_ppl = _ppl(loss)
+            self._save("model.best.pt", whole=not self.only_lora)
+        self.log.line(f"| Eval {step // self.options.eval_interval:3d} at step {step:>8d} | "
+                      f"time: {time.perf_counter() - started:5.2f}s | valid loss {loss:5.2f} | "
+                      f"valid ppl {_ppl(loss):5.2f} | best ppl {self.counters.best_ppl:5.2f} ")
         return loss
-    # Its mean is over its own tokens; that of all counts each token once.
-    tokens = float(batch.mask.sum())
-    all_tokens, = processes.total_numbers(tokens)
-    return loss * ((tokens + 0.0001) / (all_tokens + 0.0001))
 
+    def _save_checkpoint(self) -> None:
+        """Saves model.STEP.pt and removes the oldest beyond the last ``keep_last`` of them."""
+        steps, keep = self.counters.checkpoints, self.options.keep_last
+        self._save(f"model.{self.trainer.steps}.pt", whole=not self.only_lora)
+        steps.append(self.trainer.steps)
+        while keep is not None and len(steps) > keep:
+            oldest = self.options.work_dir / f"model.{steps.pop(0)}.pt"
+            if self.writes:
+                oldest.unlink(missing_ok=True)
 
-def _micro_batches(data: FTDataset, options: TrainOptions, done: int):
-    """(epoch, batches of it so far, batch), both counted from 1, without the first ``done``."""
-    rank, world_size = processes.rank(), processes.world_size()
-    an_epoch = -(-len(data) // world_size) // data.batch_size  # incomplete ones are dropped
-    for epoch in itertools.count(1):
-        if options.max_epoch is not None and epoch > options.max_epoch:
+    def _save(self, name: str, whole: bool) -> Path:
+        path = self.options.work_dir / name
+        if self.writes:
+            (checkpoint.save_model if whole else checkpoint.save_lora)(self.trainer.model, path)
+        return path
+
+    def _save_state(self) -> None:
+        """Saves resume.STEP.pt."""
+        fills = [processes.gather(data.fill_state) for data in (self.train_data, self.valid_data)]
+        if not self.writes:
             return
-        skip = min(done, an_epoch)
-        done -= skip
-        for index, batch in enumerate(data.batches(options.seed, epoch, rank, world_size,
-                                                   drop_last=True, skip=skip), start=skip + 1):
-            yield epoch, index, batch
+        optimizer, counters = self.trainer.optimizer, self.counters
+        counters.step, counters.updates = self.trainer.steps, optimizer.updates
+        counters.log_sizes = self.log.sync()
+        try:
+            train_state.write(self.options.work_dir, self.options.settings, counters, optimizer,
+                              self.trainer.gradients, *fills)
+        except FloatingPointError as error:
+            raise self._diverged(f"{error} is no longer finite after step {self.trainer.steps}"
+                                 ) from None
 
+    def _stop(self) -> None:
+        """Saves the state and raises Interrupted."""
+        self._save_state()
+        processes.barrier()  # the first process that ends makes mpirun end the others
+        raise Interrupted(f"stopped after step {self.trainer.steps}; to continue: the same "
+                          "command with --resume")
 
-def _prune(work_dir: Path, steps: list[int], keep: int | None) -> None:
-    """Removes the checkpoints of all but the last ``keep`` of ``steps``, there and here."""
-    while keep is not None and len(steps) > keep:
-        (work_dir / f"model.{steps.pop(0)}.pt").unlink(missing_ok=True)
+    def _finish(self) -> Path:
+        """Saves the whole model; the run can no longer be resumed."""
+        last = self._save(f"model.{self.trainer.steps}.pt", whole=True)
+        self.log.close()
+        if self.writes:
+            train_state.remove(self.options.work_dir)
+        return last
 
-
-def _diverged(work_dir: Path, what: str, flag: str) -> InputError:
-    """What went wrong, and the weights from which another run may start."""
-    good = train_state.paths(work_dir)
-    start = f", e.g. with {flag} {good[0]}, the last good state" if good else ""
-    return InputError(f"{work_dir}: {what}; start anew with a lower --lr or with --clip{start}")
-
-
-def accumulate(gradients: dict[str, jt.Var], loss: jt.Var, parameters: dict[str, jt.Var]) -> None:
-    """Adds the gradient of all processes' ``loss`` to ``gradients`` (by name, empty at first)."""
-    fresh = processes.total(jt.grad(loss, list(parameters.values())))
-    for name, gradient in zip(parameters, fresh):
-        gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    jt.sync(list(gradients.values()))
+    def _diverged(self, what: object) -> InputError:
+        """The error to end with, which names the last good weights if there are any."""
+        flag = "--lora_checkpoint" if self.only_lora else "--init_checkpoint"
+        good = train_state.paths(self.options.work_dir)
+        start = f", e.g. with {flag} {good[0]}, the last good state" if good else ""
+        return InputError(f"{self.options.work_dir}: {what}; start anew with a lower --lr or with "
+                          f"--clip{start}")
 
 
 def _ppl(loss: float) -> float:

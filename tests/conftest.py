@@ -65,7 +65,7 @@ def jittor():
 
     TEST_DEVICE=cuda tests on the GPU instead, see test_cuda.py.
     """
-    import backend
+    from runtime import backend
 
     backend.start(os.environ.get("TEST_DEVICE", "cpu"), seed=1)
     import jittor
@@ -119,8 +119,8 @@ def small_model(jittor):
 @pytest.fixture(scope="module")
 def tiny(jittor):
     """Makes gpt2.nano a model of a few thousand weights, which scripts in this process train."""
-    import backend
     from config import MODEL_CARDS, GPT2Config
+    from runtime import backend
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODEL_CARDS, "gpt2.nano", GPT2Config(2, 8, 2, 97, 32))
@@ -130,7 +130,7 @@ def tiny(jittor):
 
 def run_main(main, flags, seconds: int = 300) -> tuple[int, str]:
     """(exit code, stderr) of a script's ``main``, run in this process as a shell would."""
-    import cli
+    from runtime.script import run
 
     def too_slow(*_):
         raise AssertionError(f"no end after {seconds} s")
@@ -141,7 +141,7 @@ def run_main(main, flags, seconds: int = 300) -> tuple[int, str]:
     try:
         sys.argv = ["script", *map(str, flags)]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            cli.run(main)
+            run(main)
         return 0, said.getvalue()
     except SystemExit as end:
         return end.code, said.getvalue()

@@ -97,7 +97,7 @@ def _shift_rate(jittor):
 
 
 def _shift_matrix(jittor):
-    import torch_file
+    from runtime import torch_file
 
     path = jittor / f"model.{STEPS}.pt"
     state = torch_file.load(path)["model_state_dict"]

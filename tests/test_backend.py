@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import backend
-from cli import InputError
+from runtime import backend
+from runtime.errors import InputError
+from runtime.flags import add_device_flag
 
 
 @pytest.fixture
@@ -84,13 +85,13 @@ def test_this_machine_says_why_it_has_no_cuda(root):
         [sys.executable, root / "src/gpt2_beam.py", "--data", "none.jsonl", "--init_checkpoint",
          "none.pt", "--device", "cuda"], capture_output=True, text=True)
     assert process.returncode == 1 and process.stdout == ""
-    assert process.stderr == f"error: --device cuda: {reason}; use --device cpu, or mend that\n"
+    assert process.stderr == f"error: --device cuda: {reason}; use --device cpu, or repair that\n"
 
 
 QUIET = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import backend
+from runtime import backend
 assert backend.start("cpu", seed=3) == "cpu"
 import jittor as jt
 import numpy as np
@@ -134,8 +135,8 @@ def test_matrix_products_are_onednn_ones(jittor):
 
 
 def test_no_compiler(root, tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import backend, cli; " \
-           "cli.run(lambda: backend.start('cpu'))"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import backend, script; " \
+           "script.run(lambda: backend.start('cpu'))"
     process = subprocess.run([sys.executable, "-c", code, root / "src"], capture_output=True,
                              text=True, env={**os.environ, "cc_path": str(tmp_path / "g++")})
     assert process.returncode == 1
@@ -143,15 +144,15 @@ def test_no_compiler(root, tmp_path):
 
 
 def test_backend_comes_before_jittor(jittor, root):
-    with pytest.raises(ImportError, match="import backend before jittor"):
-        runpy.run_path(str(root / "src/backend.py"))
+    with pytest.raises(ImportError, match="import runtime.backend before jittor"):
+        runpy.run_path(str(root / "src/runtime/backend.py"))
 
 
 def test_flag(capsys):
     import argparse
 
     parser = argparse.ArgumentParser()
-    backend.add_device_flag(parser)
+    add_device_flag(parser)
     assert parser.parse_args([]).device == "auto"
     assert parser.parse_args(["--device", "cuda"]).device == "cuda"
     with pytest.raises(SystemExit):
@@ -162,7 +163,7 @@ def test_flag(capsys):
 SIGNALS = """
 import os, signal, subprocess, sys
 sys.path.insert(0, sys.argv[1])
-import backend
+from runtime import backend
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 backend.start("cpu")
 child = subprocess.Popen(["sleep", "60"])

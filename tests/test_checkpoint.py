@@ -11,7 +11,7 @@ import pytest
 from conftest import weights_of
 from test_torch_file import Hostile, hostile_legacy, hostile_zip
 
-from cli import InputError
+from runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")

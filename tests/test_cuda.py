@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-import backend
+from runtime import backend
 
-FILES = ["test_ops.py", "test_model.py", "test_loralib.py", "test_optimizer.py",
+FILES = ["test_ops.py", "test_model.py", "test_lora.py", "test_optimizer.py",
          "test_beam_search.py"]
 
 

@@ -1,24 +1,30 @@
-"""The CUDA sources on a machine without a GPU: does nvcc compile them?
+"""The CUDA sources on a machine without a GPU: do they compile, and do they match the C++ ones?
 
 What they compute is tested in test_ops.py, where they run on the CPU under cuda_emulation.h.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-# What Jittor's code operator (src/ops/code_op.cc) puts around the code that launches kernels.
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "ops"
+# Those of the .cuh files that belong to an operator; the operators share the others.
+OPERATORS = sorted(path.stem for path in FOLDER.glob("*.cuh")
+                   if path.with_suffix(".py").is_file())
+
+# What Jittor's code operator (src/ops/code_op.cc) puts around the code that calls our functions.
 AROUND = """
-namespace op{index} {{
-{kernels}
+namespace call{index} {{
 struct CodeOp {{ void jit_run(); std::vector<Var*> _inputs, _outputs; DataMap data; }};
 void CodeOp::jit_run() {{
 {names}
-{launch}
+{call}
 }}
 }}
 """
@@ -35,24 +41,23 @@ struct Var { int64 num; index_t shape[8]; template <class T> T* ptr() { return n
 """
 
 
-@pytest.fixture()
-def sources(jittor, monkeypatch):
-    """Every pair of kernels and launch that one use of each operator hands to Jittor, and what it
-    hands them: (kernels, launch, [(name, number of dimensions, type) of inputs and outputs])."""
+@pytest.fixture(scope="module")
+def calls(jittor):
+    """Every call that one use of each operator hands to Jittor for CUDA, by operator:
+    {code: [(name, number of dimensions, type) of inputs and outputs]}."""
     import ops
+    from ops.native import text_of
 
-    found, code = {}, jittor.code
+    texts = {text_of(f"{name}.cuh"): name for name in OPERATORS}
+    found, code = {name: {} for name in OPERATORS}, jittor.code
 
-    def record(shape, dtypes, inputs, cuda_header=None, cuda_src=None, **others):
-        outputs = code(shape, dtypes, inputs, **others)
+    def record(shapes, dtypes, inputs, cuda_header=None, cuda_src=None, **others):
+        outputs = code(shapes, dtypes, inputs, **others)
         if cuda_src:
-            each = outputs if isinstance(shape, list) else [outputs]
-            found[cuda_header, cuda_src] = [
-                (name, i, len(v.shape), v.dtype) for name, some in (("in", inputs), ("out", each))
-                for i, v in enumerate(some)]
+            found[texts[cuda_header]][cuda_src] = [
+                (f"{kind}{i}", len(v.shape), v.dtype)
+                for kind, some in (("in", inputs), ("out", outputs)) for i, v in enumerate(some)]
         return outputs
-
-    monkeypatch.setattr(jittor, "code", record)
 
     def floats(*shape):
         return jittor.array(np.ones(shape, np.float32))
@@ -64,42 +69,66 @@ def sources(jittor, monkeypatch):
         variables = [a for a in arguments if isinstance(a, jittor.Var) and a.dtype == "float32"]
         jittor.grad(function(*arguments).sum(), variables)
 
-    use(ops.cross_entropy, floats(2, 3), ints([0, 1]))
-    use(ops.layer_norm, floats(2, 3), floats(3), floats(3), 1e-5)
-    use(ops.bias_gelu, floats(2, 3), floats(3))
-    use(ops.lora_up, floats(2, 4), floats(4), floats(2, 1), floats(4, 1), 1.0, [0])
-    use(ops.dropout, floats(2, 3), 0.5, 1)
-    use(ops.causal_attention, floats(3, 3, 1, 2), [3])
-    ops.beam_attention(floats(1, 3, 1, 2), floats(1, 3, 1, 2), ints([[0, 1]]), None, ints([[0]]),
-                       1, 1)
-    ops.adamw_update(*[floats(3)] * 4, beta1=0.9, beta2=0.9, epsilon=1e-6, step_size=0.1,
-                     decay=0.1)
-    ops.top_log_probs(floats(2, 3), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jittor, "code", record)
+        use(ops.cross_entropy, floats(2, 3), ints([0, 1]))
+        use(ops.layer_norm, floats(2, 3), floats(3), floats(3), 1e-5)
+        use(ops.bias_gelu, floats(2, 3), floats(3))
+        use(ops.lora_up, floats(2, 4), floats(4), floats(2, 1), floats(4, 1), 1.0, [0])
+        use(ops.dropout, floats(2, 3), 0.5, 1)
+        use(ops.causal_attention, floats(3, 3, 1, 2), [3])
+        ops.beam_attention(floats(1, 3, 1, 2), floats(1, 3, 1, 2), ints([[0, 1]]), None,
+                           ints([[0]]), 1, 1)
+        ops.adamw_update(*[floats(3)] * 4, beta1=0.9, beta2=0.9, epsilon=1e-6, step_size=0.1,
+                         decay=0.1)
+        ops.top_log_probs(floats(2, 3), 1)
     return found
 
 
-def test_nvcc_compiles_them(sources, tmp_path):
+def functions_of(text: str) -> dict[str, str]:
+    """The functions that a C++ or CUDA text defines for the CPU: {name: arguments}."""
+    found = re.findall(r"^(?:static|inline)[\w\s:<>*&]*?(\w+)\(([^)]*)\) \{", text, re.MULTILINE)
+    return {name: " ".join(arguments.split()) for name, arguments in found}
+
+
+def called_functions(calls: dict) -> set[str]:
+    """The names in front of the calls, such as ``f`` in ``f<64>(y, x);``."""
+    return {name for code in calls
+            for name in re.findall(r"^(\w+)(?:<.+>)?\(.*\);$", code, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_c_and_cuda_take_the_same_arguments(calls, operator):
+    from ops.native import text_of
+
+    on_cpu, on_cuda = (functions_of(text_of(f"{operator}.{kind}")) for kind in ("h", "cuh"))
+    called = called_functions(calls[operator])
+    assert called
+    for name in called:
+        assert on_cpu[name] == on_cuda[name]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_nvcc_compiles_it(calls, operator, tmp_path):
+    from ops.native import text_of
+
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc; it comes with a CUDA toolkit")
-    assert len(sources) == 16
-    includes, units = set(), []
-    for index, ((kernels, launch), variables) in enumerate(sources.items()):
-        lines = kernels.splitlines()
-        includes.update(line for line in lines if line.startswith("#include"))
+    kernels, units = text_of(f"{operator}.cuh"), []
+    for index, (call, variables) in enumerate(calls[operator].items()):
         names = [f"""
-            auto {name}{i} = _{name}puts[{i}];
-            auto* __restrict__ {name}{i}_p = {name}{i}->ptr<{dtype}>();
-            """ + "".join(f"index_t {name}{i}_shape{j} = {name}{i}->shape[{j}];\n"
+            auto {name} = _{name[:-1]}puts[{name[-1]}];
+            auto* __restrict__ {name}_p = {name}->ptr<{dtype}>();
+            """ + "".join(f"index_t {name}_shape{j} = {name}->shape[{j}];\n"
                           for j in range(dimensions))
-                 for name, i, dimensions, dtype in variables]
-        units.append(AROUND.format(
-            index=index, launch=launch, names="\n".join(names),
-            kernels="\n".join(line for line in lines if not line.startswith("#include"))))
-    file = tmp_path / "operators.cu"
-    file.write_text("\n".join([*sorted(includes), START, *units]))
+                 for name, dimensions, dtype in variables]
+        units.append(AROUND.format(index=index, names="\n".join(names), call=call))
+    file = tmp_path / "operator.cu"
+    file.write_text("\n".join([kernels, START, *units]))
     for standard in ("14", "17"):  # Jittor's own, and what newer toolkits ask for
         compiled = subprocess.run(
             ["nvcc", f"-std=c++{standard}", "-arch=sm_80", "--use_fast_math", "-ptx", file,
-             "-o", tmp_path / "operators.ptx"], capture_output=True, text=True)
+             "-o", tmp_path / "operator.ptx"], capture_output=True, text=True)
         assert compiled.returncode == 0, compiled.stdout + compiled.stderr
-        assert (tmp_path / "operators.ptx").read_text().count(".entry") >= len(sources)
+        entries = (tmp_path / "operator.ptx").read_text().count(".entry")
+        assert entries >= kernels.count("__global__ ")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import InputError
 from dataset import FTDataset, permutation
+from runtime.errors import InputError
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-
-import download
 import download_checkpoints
 import download_data
-from cli import InputError
+import pytest
 from download_checkpoints import Checkpoint
+
+from runtime import download
+from runtime.errors import InputError
 
 CONTENT = random.Random(1).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -221,14 +221,14 @@ def test_e2e_from_a_server(server, tmp_path, monkeypatch):
 
 
 def test_e2e_url_and_its_failure(server, root, tmp_path):
-    result = run(root / "src/download_data.py", tmp_path, E2E_URL=server.url, E2E_SOURCE="")
+    result = run(root / "data/download_data.py", tmp_path, E2E_URL=server.url, E2E_SOURCE="")
     assert_one_line_error(result, f"{server.url}/train.txt: HTTP 404", "E2E_SOURCE=DIR")
     assert files_in(tmp_path) == []
 
 
 def test_e2e_copies_what_a_folder_has(shared, root, tmp_path):
     source = shared / "data" / "e2e"  # has no train.txt
-    result = run(root / "src/download_data.py", tmp_path, E2E_SOURCE=str(source))
+    result = run(root / "data/download_data.py", tmp_path, E2E_SOURCE=str(source))
     assert_one_line_error(result, f"{source / 'train.txt'}: no such file")
     assert files_in(tmp_path) == ["test.txt", "valid.txt"]
     for name in ("test.txt", "valid.txt"):
@@ -241,7 +241,7 @@ def test_e2e_refuses_another_file_and_keeps_the_users(root, tmp_path):
     folder.mkdir()
     (source / "valid.txt").write_text("name[A]||A half fil")
     (folder / "test.txt").write_text("name[B]||My own.\n")
-    result = run(root / "src/download_data.py", folder, E2E_SOURCE=str(source))
+    result = run(root / "data/download_data.py", folder, E2E_SOURCE=str(source))
     assert_one_line_error(result, "train.txt: no such file", "valid.txt: not the official file",
                           "test.txt: not the published file")
     assert files_in(folder) == ["test.txt"]
@@ -299,7 +299,8 @@ def test_a_hub_that_states_nothing(server, tmp_path):
 
 
 def test_default_card_revision_and_endpoint(server, root, tmp_path):
-    result = subprocess.run([sys.executable, root / "src/download_checkpoints.py"], cwd=tmp_path,
+    script = root / "pretrained_checkpoints/download_checkpoints.py"
+    result = subprocess.run([sys.executable, script], cwd=tmp_path,
                             env={**os.environ, "HF_ENDPOINT": server.url, "no_proxy": "127.0.0.1"},
                             capture_output=True, text=True, timeout=60)
     assert_one_line_error(result, "HTTP 404", "HF_ENDPOINT")
@@ -308,7 +309,7 @@ def test_default_card_revision_and_endpoint(server, root, tmp_path):
 
 
 def test_unknown_card(root):
-    result = run(root / "src/download_checkpoints.py", "sm", "xl")
+    result = run(root / "pretrained_checkpoints/download_checkpoints.py", "sm", "xl")
     assert result.returncode == 2
     assert "usage: download_pretrained_checkpoints.sh" in result.stderr
     assert "no such size: xl; choose from sm, md, lg" in result.stderr

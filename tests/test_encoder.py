@@ -10,7 +10,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import encoder as module  # noqa: E402
-from cli import InputError  # noqa: E402
+from runtime.errors import InputError  # noqa: E402
 
 ODD_TEXTS = [
     "", " ", "  ", "\n", "\n\n", " \n", "a ", " a", "a  b", "a   b\n\n  c \t", "\t\tx", "\u3000x",

@@ -19,8 +19,8 @@ from conftest import run_main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cli
-import torch_file
+from runtime import torch_file
+from runtime.errors import InputError
 
 NIGHTLY = int(os.environ.get("FUZZ_EXAMPLES", 0))
 PIECES = [b"", b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"\r\n", b"\n\n", b"\t", b"||",
@@ -204,7 +204,7 @@ def test_weights(weight_files, damaged, name):
     (folder / name).write_bytes(damaged(files[name]))
     try:
         weights = checkpoint.read_weights(folder / name)
-    except cli.InputError as error:
+    except InputError as error:
         assert str(error).startswith(f"{folder / name}: ") and str(error).isprintable()
     else:
         assert all(array.dtype == np.float32 and array.nbytes < 10_000
@@ -271,7 +271,7 @@ def test_resume(train, damaged, name):
 
 
 def broken(*_):
-    raise cli.InputError("broken off")
+    raise InputError("broken off")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import gpt2_decode as stage
-from cli import InputError
+from runtime.errors import InputError
 
 END, EMPTY_LINE = 50256, 628
 

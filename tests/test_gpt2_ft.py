@@ -30,7 +30,7 @@ def run_script(root, script, *flags):
 
 
 def weights(path):
-    import torch_file
+    from runtime import torch_file
 
     return torch_file.load(path)["model_state_dict"]
 

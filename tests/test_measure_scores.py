@@ -17,9 +17,9 @@ from nltk.translate.bleu_score import corpus_bleu
 from nltk.translate.nist_score import corpus_nist
 
 import challenge_files
-from cli import InputError
 from metrics import coco
 from metrics.mteval import Bleu, Nist, tokenize
+from runtime.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("E2E_SHARED", Path(__file__).parents[2] / "shared"))

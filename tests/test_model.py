@@ -62,7 +62,7 @@ def test_logits(small_model, torch_side, r):
 @pytest.mark.parametrize("kind, smooth", [("clm", 0.0), ("clm", 0.1), ("jlm", 0.1), ("full", 0.0),
                                           ("one column", 0.1)])
 def test_loss_and_every_gradient_of_lora(jittor, small_model, torch_side, kind, smooth):
-    import loralib as lora
+    import lora
 
     model = small_model(seed=1)
     lora.mark_only_lora_as_trainable(model)
@@ -110,63 +110,6 @@ def test_padding_and_what_follows_change_nothing(small_model):
     assert float(model.loss(other, target, mask).item()) == pytest.approx(loss, rel=1e-6)
     assert float(model.loss(ids[:, :7], target[:, :7], mask[:, :7]).item()) \
         == pytest.approx(loss, rel=1e-6)
-
-
-# query lengths, beams; the longest query is not the last one
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("lengths, beams", [((4,), 1), ((1, 6, 3), 2)])
-def test_cached_decoding(jittor, small_model, torch_side, lengths, beams, packed):
-    """Each step's logits are those of the whole sequence read anew, also where beams die, double
-    and change places."""
-    steps, random = 4, np.random.default_rng(beams)
-    model = small_model(seed=3)
-    weights = weights_of(model)
-    if packed:
-        model.pack_weights()
-    model.eval()
-    queries = [random.integers(CARD["vocab_size"], size=n).tolist() for n in lengths]
-    padded = np.zeros((len(lengths), max(lengths)), np.int32)
-    for row, query in enumerate(queries):
-        padded[row, :len(query)] = query
-
-    sequences, ours = list(queries), []  # every sequence, and our logits behind it
-    with jittor.no_grad():
-        out, cache = model.start(padded, np.array(lengths), steps, beams)
-        ours += list(out.numpy())
-        # The first step grows the beams out of one row a sample.
-        current, origin = queries, np.repeat(np.arange(len(lengths)), beams)
-        for _ in range(steps):
-            tokens = random.integers(CARD["vocab_size"], size=(len(lengths), beams))
-            current = [current[row] + [int(token)] for row, token in zip(origin, tokens.ravel())]
-            out = model.step(tokens, origin, cache)
-            sequences += current
-            ours += list(out.numpy())
-            origin = (random.integers(beams, size=(len(lengths), beams))
-                      + beams * np.arange(len(lengths))[:, None]).ravel()
-
-    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
-    for row, sequence in enumerate(sequences):
-        ids[row, :len(sequence)] = sequence
-    truth = torch_side("logits", {**weights, "input_ids": ids}, **model_options(3))
-    assert len(ours) == len(sequences)
-    for row, sequence in enumerate(sequences):
-        close(ours[row], truth["logits"][row, len(sequence) - 1], 1e-5)
-
-
-def test_two_caches_do_not_meet(jittor, small_model):
-    model = small_model(seed=4)
-    query, token, origin = np.array([[5, 9, 2]], np.int32), np.array([[7]]), np.array([0])
-
-    def decode(other=None):
-        with jittor.no_grad():
-            _, cache = model.start(query, np.array([3]), 2, 1)
-            if other is not None:
-                _, second = model.start(other, np.array([3]), 2, 1)
-                model.step(np.array([[1]]), origin, second).numpy()
-            model.step(token, origin, cache).numpy()
-            return model.step(token, origin, cache).numpy()
-
-    assert np.array_equal(decode(), decode(other=np.array([[8, 8, 8]], np.int32)))
 
 
 def test_cards():

@@ -27,8 +27,10 @@ def ops(request, jittor):
 
     def emulated(*arguments, cuda_header=None, cuda_src=None, **on_cpu):
         if cuda_src:
-            launches = re.sub(r"(\w+)<<<(.+), (\w+)>>>\(", r"launch(\2, \3, \1, ", cuda_src)
-            on_cpu.update(cpu_header=EMULATION + cuda_header, cpu_src=launches)
+            launches = re.sub(r"(\w+(?:<\w+>)?)<<<(.+?),\s*(\w+)>>>\(", r"launch(\2, \3, \1, ",
+                              cuda_header, flags=re.DOTALL)
+            assert "<<<" not in launches
+            on_cpu.update(cpu_header=EMULATION + launches, cpu_src=cuda_src)
         return code(*arguments, **on_cpu)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -32,9 +32,10 @@ def test_adamw_over_20_updates(optimizer, jittor, torch_side, options, no_decay_
 
     beta1, beta2 = options.get("betas", (0.9, 0.98))
     parameters = {name: jittor.array(a) for name, a in start.items()}
-    adamw = optimizer.AdamW(parameters, beta1, beta2, options.get("eps", 1e-6),
-                            options.get("weight_decay", 0.01), options.get("correct_bias", False),
-                            frozenset(["bias"] if no_decay_bias else []))
+    adamw = optimizer.AdamW(parameters, beta1=beta1, beta2=beta2, epsilon=options.get("eps", 1e-6),
+                            weight_decay=options.get("weight_decay", 0.01),
+                            correct_bias=options.get("correct_bias", False),
+                            no_decay=["bias"] if no_decay_bias else [])
     for step, rate in enumerate(rates):
         adamw.step({name: jittor.array(g[step]) for name, g in gradients.items()}, rate)
         for name, p in parameters.items():

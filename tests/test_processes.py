@@ -16,8 +16,8 @@ import time
 import numpy as np
 import pytest
 
-import torch_file
 from dataset import FTDataset
+from runtime import torch_file
 
 needs_mpi = pytest.mark.skipif(
     not (shutil.which("mpirun") and shutil.which("mpicc")),
@@ -206,11 +206,12 @@ def test_a_process_that_dies_ends_all(root, data, tmp_path):
 
 @needs_mpi
 def test_an_error_in_one_process_alone_is_told(root):
-    code = ("import cli, processes\n"
+    code = ("from runtime import processes, script\n"
+            "from runtime.errors import InputError\n"
             "def main():\n"
-            "    if processes.rank() == 1: raise cli.InputError('only here')\n"
+            "    if processes.rank() == 1: raise InputError('only here')\n"
             "    import time; time.sleep(100)\n"
-            "cli.run(main)\n")
+            "script.run(main)\n")
     began = time.monotonic()
     process = subprocess.run(
         ["mpirun", "--quiet", "--oversubscribe", "-np", "2", sys.executable, "-c", code],
@@ -225,7 +226,7 @@ def test_one_process_has_nothing_to_do_with_mpi(root, tmp_path):
     stub = tmp_path / "mpicc"
     stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nexit 1\n")
     stub.chmod(0o755)
-    code = ("import backend; backend.start('cpu')\n"
+    code = ("from runtime import backend; backend.start('cpu')\n"
             "import jittor; assert not jittor.in_mpi\n"
             "assert 'libmpi' not in open('/proc/self/maps').read()\n")
     environment = {name: value for name, value in os.environ.items() if name != "use_mpi"}
@@ -239,7 +240,7 @@ def test_one_process_has_nothing_to_do_with_mpi(root, tmp_path):
 
 def test_mpirun_without_a_compiler_for_it(root, tmp_path):
     (tmp_path / "g++").symlink_to(shutil.which("g++"))
-    code = "import cli, backend; cli.run(lambda: backend.start('cpu'))"
+    code = "from runtime import backend, script; script.run(lambda: backend.start('cpu'))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
         env={"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(root / "src"),

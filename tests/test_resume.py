@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import run_main
 
-import torch_file
+from runtime import torch_file
 
 KILLS = int(os.environ.get("KILLS", 6))
 COLUMNS = ("step", "epoch", "lr", "loss", "valid_loss")
@@ -157,11 +157,11 @@ def test_other_settings_are_refused(train, whole, flags, tmp_path):
 
 
 def test_without_a_state_it_begins_and_says_so(train, whole, tmp_path, capsys):
-    import cli
+    import gpt2_ft
 
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "log", said.append)
+        patch.setattr(gpt2_ft, "log", said.append)
         assert train(tmp_path / "new", "--resume")[0] == 0
     assert f"{tmp_path / 'new'}: no state to resume from; starting from the beginning" in said
     assert left(tmp_path / "new") == whole
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_the_old_files(train, whole, tmp_path):
 
 
 def test_parts_of_dead_processes_go(tmp_path):
-    from formats import write_lines
+    from runtime.formats import write_lines
 
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True).stdout.strip()

@@ -16,8 +16,8 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-import torch_file
-from cli import InputError
+from runtime import torch_file
+from runtime.errors import InputError
 
 
 class Hostile:
@@ -286,7 +286,7 @@ def test_hostile_files_need_little_memory(tmp_path):
     for number, content in enumerate(HOSTILE.values()):
         for wrap in (hostile_zip, hostile_legacy):
             (tmp_path / f"{wrap.__name__}{number}.pt").write_bytes(wrap(content))
-    code = ("import sys, torch_file\n"
+    code = ("import sys\nfrom runtime import torch_file\n"
             "for path in sys.argv[1:]:\n"
             "    try: torch_file.load(path)\n"
             "    except torch_file.TorchFileError as error:\n"

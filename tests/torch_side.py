@@ -14,10 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "align"))
 
+import loralib  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import loralib  # noqa: E402
 import torch_beam  # noqa: E402
 import torch_data  # noqa: E402
 import torch_model  # noqa: E402

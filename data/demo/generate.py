@@ -32,8 +32,8 @@ from typing import Callable, Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-import cli  # noqa: E402
-import formats  # noqa: E402
+from runtime.formats import write_jsonl  # noqa: E402
+from runtime.script import run  # noqa: E402
 
 # Slots in the order they are written, with their values; each starts with a consonant, as the prose
 # says "a". Most are two words found in no other value: what follows a word is learnt first, and
@@ -162,8 +162,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2025, help="of the drawing (default: 2025)")
     args = parser.parse_args()
     for name, examples in generate(args.seed).items():
-        formats.write_jsonl(args.out_dir / f"{name}_formatted.jsonl", examples)
+        write_jsonl(args.out_dir / f"{name}_formatted.jsonl", examples)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

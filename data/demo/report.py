@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-import cli  # noqa: E402
-from formats import read_jsonl, read_lines  # noqa: E402
+from runtime.errors import InputError  # noqa: E402
+from runtime.formats import read_jsonl, read_lines  # noqa: E402
+from runtime.script import run  # noqa: E402
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 SAMPLES = 3
@@ -32,7 +33,7 @@ def main() -> None:
         path = args.work_dir / f"{name}_scores.txt"
         scores = dict(line.split(": ") for line in read_lines(path, remedy) if ": " in line)
         if not scores.keys() >= set(METRICS):
-            raise cli.InputError(f"{path}: no scores of measure_scores.py; {remedy}")
+            raise InputError(f"{path}: no scores of measure_scores.py; {remedy}")
         print(f"{title:24}" + "".join(f"{scores[metric]:>9}" for metric in METRICS))
 
     references: dict[str, list[str]] = {}
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

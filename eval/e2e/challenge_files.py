@@ -11,8 +11,8 @@ import csv
 import re
 from typing import NamedTuple
 
-from cli import InputError
-from formats import read_lines
+from runtime.errors import InputError
+from runtime.formats import read_lines
 
 _SOURCE = re.compile(
     r"(?:mr|src|source|meaning(?:[_ .-]rep(?:resentation)?)?|da|dial(?:ogue)?[_ .-]act)s?", re.I)

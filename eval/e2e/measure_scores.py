@@ -12,13 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # for cli and formats
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # for runtime/
 
-import cli  # noqa: E402
-import formats  # noqa: E402
 from challenge_files import Segment, load  # noqa: E402
 from metrics import coco  # noqa: E402
 from metrics.mteval import Bleu, Nist  # noqa: E402
+from runtime.formats import replacing  # noqa: E402
+from runtime.script import run  # noqa: E402
 
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 
@@ -80,7 +80,7 @@ def main() -> None:
     print(f"scoring {len(segments)} predictions (METEOR takes about a minute) ...",
           file=sys.stderr)
     if args.sent_level is not None:
-        with formats.replacing(args.sent_level) as file:  # opened now: a bad path fails early
+        with replacing(args.sent_level) as file:  # opened now: a bad path fails early
             for row in segment_rows(segments):
                 file.write(("\t".join(row) + "\n").encode("utf-8"))
         return
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run(main)

@@ -24,7 +24,11 @@ __device__ static T reduce(T x, Combine combine, int columns = 1) {
     return shared[t % columns];
 }
 
-struct Add { __device__ float operator()(float a, float b) const { return a + b; } };
-struct Larger { __device__ float operator()(float a, float b) const { return fmaxf(a, b); } };
+struct Add {
+    __device__ float operator()(float a, float b) const { return a + b; }
+};
+struct Larger {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
 __device__ static float sum_of(float x, int columns = 1) { return reduce(x, Add(), columns); }
 __device__ static float max_of(float x) { return reduce(x, Larger()); }

@@ -27,7 +27,11 @@ const int NR = 2 * W, KC = 4096 / NR, PACKED_KC = 1024;
 const int DOWN = 1024;
 typedef float Vec __attribute__((vector_size(W * sizeof(float))));
 
-static inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+static inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // c (R, NR) += a (R, kc) b (kc, NR); b is one block of memory, rows of a and c are lda, ldc apart.
@@ -59,8 +63,8 @@ static void tile_of(int rows, const float* a, int64_t lda, const float* b, int k
     tile_of<R - 1>(rows, a, lda, b, kc, c, ldc, fresh, ahead, pace);
 }
 template <>
-void tile_of<0>(int, const float*, int64_t, const float*, int, float*, int64_t, bool,
-                const float*, int) {}
+void tile_of<0>(int, const float*, int64_t, const float*, int, float*, int64_t, bool, const float*,
+                int) {}
 
 // Eight rows of eight numbers, ld apart, written as columns NR apart.
 static inline void transpose8(const float* from, int64_t ld, float* to) {
@@ -75,8 +79,8 @@ static inline void transpose8(const float* from, int64_t ld, float* to) {
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
             r[i + j] = __builtin_shuffle(s[i + j], s[i + j + 2], I8{0, 1, 8, 9, 4, 5, 12, 13});
-            r[i + j + 2] = __builtin_shuffle(s[i + j], s[i + j + 2],
-                                             I8{2, 3, 10, 11, 6, 7, 14, 15});
+            r[i + j + 2] =
+                __builtin_shuffle(s[i + j], s[i + j + 2], I8{2, 3, 10, 11, 6, 7, 14, 15});
         }
     for (int i = 0; i < 4; i++) {
         V8 low = __builtin_shuffle(r[i], r[i + 4], I8{0, 1, 2, 3, 8, 9, 10, 11});
@@ -136,8 +140,7 @@ static inline void all_rows(int M, const float* a, int64_t lda, const float* b, 
 // C (M, N) = A (M, K) B. finish(m, n, count, row) may change row[0 .. count), which are
 // C[m, n .. n + count), once they are sums over all of K; each is finished once.
 template <Layout layout, class Finish>
-static void multiply(int M, int N, int K, const float* A, const float* B, float* C,
-                     Finish finish) {
+static void multiply(int M, int N, int K, const float* A, const float* B, float* C, Finish finish) {
     // A second block brings all of B once more, which a packed one makes cheap.
     const int MB = layout == PACKED ? 96 : 128, depth = layout == PACKED ? PACKED_KC : KC;
     const int panels = (N + NR - 1) / NR, blocks = (M + MB - 1) / MB;
@@ -155,18 +158,18 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
             const int64_t ldc = cols < NR ? NR : N;
             if (layout == PACKED) {
                 const float* b = B + ((int64_t)panel * K + k) * NR;
-                all_rows(m1 - m0, a, K, b, kc, c, ldc, k == 0,
-                         b + (int64_t)(down ? kc : K) * NR, 0, 0, 0);
+                all_rows(m1 - m0, a, K, b, kc, c, ldc, k == 0, b + (int64_t)(down ? kc : K) * NR, 0,
+                         0, 0);
             } else {
                 bring<layout>(B, ld, k, kc, n, cols, block);
                 const bool below = down && k + kc < K;  // where the next block is
                 const int next_k = below ? k + kc : down ? 0 : k, next_n = below ? n : n + NR;
                 if (layout == ROWS)
-                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_k * ld + next_n,
-                             ld, kc, NR);
+                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_k * ld + next_n, ld,
+                             kc, NR);
                 else
-                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_n * ld + next_k,
-                             ld, NR, kc);
+                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_n * ld + next_k, ld,
+                             NR, kc);
             }
             if (k + kc < K) return;
             for (int m = m0; m < m1; m++) {
@@ -206,9 +209,5 @@ static void pack(int N, int K, const float* B, float* to) {
             bring<layout>(B, ld, k, kc, n, std::min(NR, N - n), to + ((int64_t)panel * K + k) * NR);
         }
 }
-
-struct Nothing {
-    void operator()(int, int, int, float*) const {}
-};
 
 }  // namespace gemm

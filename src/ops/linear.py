@@ -1,9 +1,8 @@
-"""Linear layers on the CPU: few rows, large weights.
+"""Linear layers on the CPU with few rows and large weights.
 
-oneDNN's product, which Jittor calls, brings the whole weight into the order its kernel wants before
-it multiplies, at each call anew: for a hundred rows that is much of the time, for ten nearly all
-of it. gemm.h brings it in order piece by piece while it multiplies, or takes it from
-:func:`pack_weight` in order for good.
+oneDNN's matrix product, which Jittor calls, copies the whole weight into its kernel's memory order
+in each call: with 100 rows a large part of the time, with 10 rows nearly all of it. gemm.h copies
+the weight block by block while it multiplies, or takes it from :func:`pack_weight` in that order.
 """
 
 from __future__ import annotations
@@ -12,57 +11,23 @@ from dataclasses import dataclass
 
 import jittor as jt
 
-from ops.native import GEMM, run
+from ops.native import run
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight in the order in which :func:`linear` multiplies few rows fastest."""
+    """A weight in the memory order in which :func:`linear` multiplies few rows fastest."""
 
     numbers: jt.Var
     n_out: int
 
 
-def _product(x: jt.Var, weight: jt.Var, n_out: int, layout: str, bias: jt.Var | None = None,
-             residual: jt.Var | None = None) -> jt.Var:
-    """x (N, K) times a weight of that layout in gemm.h, plus bias (n_out,), residual (N, n_out)."""
-    inputs, added = [x, weight], []
-    for where, addend in (("n + i", bias), ("(int64)m * out0_shape1 + n + i", residual)):
-        if addend is not None:
-            added.append(f"in{len(inputs)}_p[{where}]")
-            inputs.append(addend)
-    finish = "gemm::Nothing()"
-    if added:
-        finish = ("[&](int m, int n, int count, float* row) {"
-                  f" for (int i = 0; i < count; i++) row[i] += {' + '.join(added)}; }}")
-    return run((x.shape[0], n_out), inputs, f"""
-        gemm::multiply<gemm::{layout}>(in0_shape0, out0_shape1, in0_shape1, in0_p, in1_p, out0_p,
-                                       {finish});
-    """, GEMM)
-
-
-class _Linear(jt.Function):
-    def execute(self, x, weight, bias, residual, transposed):
-        self.saved = x, weight, transposed
-        self.has_bias, self.has_residual = bias is not None, residual is not None
-        return _product(x, weight, weight.shape[0 if transposed else 1],
-                        "COLUMNS" if transposed else "ROWS", bias, residual)
-
-    def grad(self, grad):
-        x, weight, transposed = self.saved
-        grad_x = _product(grad, weight, x.shape[1], "ROWS" if transposed else "COLUMNS")
-        # Computed only where they are asked for: Jittor is lazy.
-        a, b = (grad, x) if transposed else (x, grad)
-        return (grad_x, jt.matmul(a.transpose(), b), grad.sum(dim=0) if self.has_bias else None,
-                grad if self.has_residual else None, None)
-
-
 def linear(x: jt.Var, weight: jt.Var | PackedWeight, bias: jt.Var | None = None,
            residual: jt.Var | None = None, transposed: bool = False) -> jt.Var:
-    """x W, plus bias (n_out,) and residual (N, n_out) if given -> (N, n_out).
+    """x W, plus bias (n_out,) and residual (N, n_out) if given -> (N, n_out); all float32.
 
-    x (N, n_in); weight W (n_in, n_out), or (n_out, n_in) where ``transposed``. A packed weight
-    must not be asked for gradients, nor its input.
+    x (N, n_in); weight W (n_in, n_out), or (n_out, n_in) if ``transposed``. With a packed weight
+    there are no gradients.
     """
     if isinstance(weight, PackedWeight):
         return _product(x, weight.numbers, weight.n_out, "PACKED", bias, residual)
@@ -71,21 +36,49 @@ def linear(x: jt.Var, weight: jt.Var | PackedWeight, bias: jt.Var | None = None,
     return _Linear.apply(x, weight, bias, residual, transposed)
 
 
+class _Linear(jt.Function):
+    def execute(self, x, weight, bias, residual, transposed):
+        self.saved = x, weight, transposed
+        self.has_bias, self.has_residual = bias is not None, residual is not None
+        n_out, layout = (weight.shape[0], "COLUMNS") if transposed else (weight.shape[1], "ROWS")
+        return _product(x, weight, n_out, layout, bias, residual)
+
+    def grad(self, dy):
+        x, weight, transposed = self.saved
+        dx = _product(dy, weight, x.shape[1], "ROWS" if transposed else "COLUMNS")
+        # Jittor is lazy: it computes only those gradients that are used.
+        a, b = (dy, x) if transposed else (x, dy)
+        return (dx, jt.matmul(a.transpose(), b), dy.sum(dim=0) if self.has_bias else None,
+                dy if self.has_residual else None, None)
+
+
+def _product(x: jt.Var, weight: jt.Var, n_out: int, layout: str, bias: jt.Var | None = None,
+             residual: jt.Var | None = None) -> jt.Var:
+    """x (N, n_in) times a weight of that layout in gemm.h, plus what is given -> (N, n_out)."""
+    added = {"bias": bias, "residual": residual}
+    given = {name: value for name, value in added.items() if value is not None}
+    names = ", ".join(name if name in given else "nullptr" for name in added)
+    y, = run("linear", f"linear<gemm::{layout}>(y, x, weight, {names}, rows, n_out, n_in)",
+             {"y": (x.shape[0], n_out)}, {"x": x, "weight": weight, **given},
+             rows=x.shape[0], n_out=n_out, n_in=x.shape[1])
+    return y
+
+
 def plain_linear(x: jt.Var, weight: jt.Var, bias: jt.Var | None = None,
                  residual: jt.Var | None = None, transposed: bool = False) -> jt.Var:
     """:func:`linear` in Jittor's own operators."""
-    y = jt.nn.matmul_transpose(x, weight) if transposed else jt.matmul(x, weight)
+    y = jt.nn.matmul_transpose(x, weight) if transposed else jt.matmul(x, weight)  # (N, n_out)
     for addend in (bias, residual):
         y = y if addend is None else y + addend
     return y
 
 
 def pack_weight(weight: jt.Var, transposed: bool = False) -> PackedWeight:
-    """W (n_in, n_out), or (n_out, n_in) where ``transposed``, packed at once; for the CPU."""
+    """W (n_in, n_out), or (n_out, n_in) if ``transposed``, packed immediately; for the CPU."""
     n_out, n_in = weight.shape if transposed else weight.shape[::-1]
     padded = -(-n_out // 32) * 32  # gemm.h's NR is 16 or 32
-    numbers = run((padded * n_in,), [weight], f"""
-        gemm::pack<gemm::{"COLUMNS" if transposed else "ROWS"}>({n_out}, {n_in}, in0_p, out0_p);
-    """, GEMM)
+    layout = "COLUMNS" if transposed else "ROWS"
+    numbers, = run("linear", f"pack_weight<gemm::{layout}>(packed, weight, n_out, n_in)",
+                   {"packed": (padded * n_in,)}, {"weight": weight}, n_out=n_out, n_in=n_in)
     numbers.sync()
     return PackedWeight(numbers, n_out)

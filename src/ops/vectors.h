@@ -1,11 +1,16 @@
-// Sums over the depth of a head, in vectors of our own: left to itself, the compiler runs vectors
-// across heads or positions and collects their numbers from all over memory.
+// Sums over the depth of a head, in vectors of 8 numbers. Without them, the compiler vectorises
+// across heads or positions, whose numbers do not lie side by side in memory.
 
 #include <cstring>
 
 typedef float Eight __attribute__((vector_size(32)));
 typedef int Places __attribute__((vector_size(32)));
-static inline Eight eight(const float* p) { Eight v; std::memcpy(&v, p, sizeof v); return v; }
+static inline Eight eight(const float* p) {
+    Eight v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
 static inline float inner(const float* a, const float* b, int D) {
     Eight sums = {};
     int d = 0;
@@ -16,6 +21,7 @@ static inline float inner(const float* a, const float* b, int D) {
     for (; d < D; d++) sum += a[d] * b[d];
     return sum;
 }
+
 static inline void add_scaled(float* to, float weight, const float* from, int D) {
     int d = 0;
     for (; d + 8 <= D; d += 8) {

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from cli import InputError
+from runtime.errors import InputError
 
 # Decimal points and UTF-8 whatever the locale; Java's own complaints not among the answers.
 _JAVA = ["java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",

@@ -1,0 +1,66 @@
+"""Causal self-attention over whole sequences (Vaswani et al., 2017)."""
+
+from __future__ import annotations
+
+import math
+from typing import Sequence
+
+import jittor as jt
+import numpy as np
+
+from ops.native import run, wants_plain
+
+MASKED = -1e10  # a score whose softmax is exactly 0; -Ofast does not allow infinity
+
+
+def causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
+    """Each position of a sequence attends to itself and to the positions before it.
+
+    qkv (N, 3, H, D) float32 holds query, key and value of each head, for the sequences of the given
+    ``lengths`` one after the other, whose sum is N -> (N, H, D).
+    """
+    if wants_plain():
+        return plain_causal_attention(qkv, lengths)
+    return _CausalAttention.apply(qkv, list(lengths))
+
+
+class _CausalAttention(jt.Function):
+    def execute(self, qkv, lengths):
+        tokens, _, heads, depth = qkv.shape
+        starts = jt.array(np.cumsum([0, *lengths], dtype=np.int32))
+        self.numbers = {"tokens": tokens, "sequences": len(lengths), "heads": heads}
+        # The loops over a head's depth are short: they are faster if the compiler knows it.
+        y, log_sums = run(
+            "causal_attention",
+            f"causal_attention<{depth}>(y, log_sums, qkv, starts, tokens, sequences, heads)",
+            {"y": (tokens, heads, depth), "log_sums": (tokens, heads)},
+            {"qkv": qkv, "starts": starts}, **self.numbers)
+        self.saved = {"qkv": qkv, "starts": starts, "y": y, "log_sums": log_sums}
+        return y
+
+    def grad(self, dy):
+        qkv = self.saved["qkv"]
+        dqkv, = run(
+            "causal_attention", f"grad_causal_attention<{qkv.shape[3]}>(dqkv, qkv, starts, y, "
+            "log_sums, dy, tokens, sequences, heads)", {"dqkv": qkv.shape},
+            {**self.saved, "dy": dy}, **self.numbers)
+        return dqkv, None
+
+
+def plain_causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
+    """:func:`causal_attention` in Jittor's own operators."""
+    mixed, first = [], 0
+    for length in lengths:
+        q, k, v = (qkv[first:first + length, i].transpose(1, 0, 2) for i in range(3))  # (H, T, D)
+        scores = jt.matmul(q, k.transpose(0, 2, 1)) / math.sqrt(q.shape[-1])  # (H, T, T)
+        past = jt.index(scores.shape, 2) <= jt.index(scores.shape, 1)  # (H, T, T)
+        weights = plain_softmax(jt.ternary(past, scores, jt.full(scores.shape, MASKED)))
+        mixed.append(jt.matmul(weights, v).transpose(1, 0, 2))  # (T, H, D)
+        first += length
+    return jt.concat(mixed, dim=0)
+
+
+def plain_softmax(scores: jt.Var) -> jt.Var:
+    """Softmax over the last axis, of the same shape; a score of MASKED becomes exactly 0."""
+    weights = jt.exp(scores - scores.max(dim=-1, keepdims=True))
+    return weights / weights.sum(dim=-1, keepdims=True)

@@ -1,0 +1,58 @@
+// Layer normalisation, and its gradients. y, x, dx, dy: (rows, columns); weight, bias: (columns);
+// moments: (rows, 2), the mean of each row and 1 / its standard deviation.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+static void layer_norm(float* y, float* moments, const float* x, const float* weight,
+                       const float* bias, int rows, int columns, float epsilon) {
+    #pragma omp parallel for
+    for (int n = 0; n < rows; n++) {
+        const float* xn = x + (int64_t)n * columns;
+        float* yn = y + (int64_t)n * columns;
+        float mean = 0, variance = 0;
+        for (int c = 0; c < columns; c++) mean += xn[c];
+        mean /= columns;
+        for (int c = 0; c < columns; c++) variance += (xn[c] - mean) * (xn[c] - mean);
+        float scale = 1 / std::sqrt(variance / columns + epsilon);
+        for (int c = 0; c < columns; c++) yn[c] = (xn[c] - mean) * scale * weight[c] + bias[c];
+        moments[2 * n] = mean;
+        moments[2 * n + 1] = scale;
+    }
+}
+
+static void grad_layer_norm_x(float* dx, const float* x, const float* weight, const float* moments,
+                              const float* dy, int rows, int columns) {
+    #pragma omp parallel for
+    for (int n = 0; n < rows; n++) {
+        const float *xn = x + (int64_t)n * columns, *dyn = dy + (int64_t)n * columns;
+        float* dxn = dx + (int64_t)n * columns;
+        float mean = moments[2 * n], scale = moments[2 * n + 1], sum = 0, dot = 0;
+        for (int c = 0; c < columns; c++) {
+            sum += dyn[c] * weight[c];
+            dot += dyn[c] * weight[c] * (xn[c] - mean);
+        }
+        sum /= columns;
+        dot *= scale * scale / columns;
+        for (int c = 0; c < columns; c++)
+            dxn[c] = scale * (dyn[c] * weight[c] - sum - (xn[c] - mean) * dot);
+    }
+}
+
+static void grad_layer_norm_parameters(float* dweight, float* dbias, const float* x,
+                                       const float* moments, const float* dy, int rows,
+                                       int columns) {
+    #pragma omp parallel for
+    for (int block = 0; block < columns; block += 16) {  // one cache line of columns at a time
+        const int end = std::min(block + 16, columns);
+        for (int c = block; c < end; c++) dweight[c] = dbias[c] = 0;
+        for (int n = 0; n < rows; n++)
+            for (int c = block; c < end; c++) {
+                float dyc = dy[(int64_t)n * columns + c];
+                dweight[c] +=
+                    dyc * (x[(int64_t)n * columns + c] - moments[2 * n]) * moments[2 * n + 1];
+                dbias[c] += dyc;
+            }
+    }
+}

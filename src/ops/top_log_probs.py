@@ -1,0 +1,51 @@
+"""The likeliest next tokens of each beam, as candidates of beam search."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import jittor as jt
+import numpy as np
+
+from ops.native import run, wants_plain
+
+Places = Sequence[tuple[int, int]]  # (row, token)
+
+
+def top_log_probs(logits: jt.Var, k: int, forbidden: Places = (), seen: Places = (),
+                  repetition_penalty: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest log softmax values of each row of logits (N, V) and their tokens, by token id.
+
+    Before the softmax, the logits of places ``seen`` are penalised (negative ones multiplied,
+    positive ones divided; Keskar et al., 2019) and those of places ``forbidden`` become -inf, in
+    place. Returns (N, k) float32 and int32; of equal values, the first tokens are taken.
+    """
+    if wants_plain():
+        return plain_top_log_probs(logits.numpy(), k, forbidden, seen, repetition_penalty)
+    rows, vocab = logits.shape
+    positions = np.int32([row * vocab + token for row, token in [*seen, *forbidden]])
+    # Jittor does not accept an empty input: a 0 is appended, and ``changed`` does not count it.
+    values, tokens = run(
+        "top_log_probs", "top_log_probs(values, tokens, logits, positions, rows, vocab, k, seen, "
+        "changed, penalty)", {"values": (rows, k), "tokens": ((rows, k), "int32")},
+        {"logits": logits, "positions": jt.array(np.append(positions, np.int32(0)))}, rows=rows,
+        vocab=vocab, k=k, seen=len(seen), changed=len(positions),
+        penalty=float(repetition_penalty))
+    values, tokens = values.numpy(), tokens.numpy()
+    values[values < -1e29] = -np.inf  # top_log_probs.h's LOW
+    return values, tokens
+
+
+def plain_top_log_probs(logits: np.ndarray, k: int, forbidden: Places = (), seen: Places = (),
+                        repetition_penalty: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`top_log_probs` in NumPy; on CUDA all logits are copied from the GPU for it."""
+    for places, change in ((seen, lambda x: np.where(x < 0, x * repetition_penalty,
+                                                     x / repetition_penalty)),
+                           (forbidden, lambda x: -np.inf)):
+        if places:
+            at = tuple(np.transpose(places))
+            logits[at] = change(logits[at])
+    high = logits.max(axis=1, keepdims=True)  # (N, 1)
+    log_sum = np.log(np.exp(logits - high).sum(axis=1, keepdims=True)) + high  # (N, 1)
+    tokens = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :k], axis=1)  # (N, k)
+    return np.take_along_axis(logits, tokens, axis=1) - log_sum, tokens.astype(np.int32)

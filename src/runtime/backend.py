@@ -1,0 +1,174 @@
+"""Chooses the device and imports Jittor; nothing else may import Jittor first.
+
+Jittor reads environment variables and downloads libraries while it is imported, so this module sets
+them before: the device, oneDNN for fast matrix products on the CPU, the level of Jittor's log, and
+the name of its cache of compiled operators. Scripts call :func:`start` after they have parsed their
+flags, and only then import modules that need Jittor; so ``--help`` and errors in flags are
+instant.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from runtime import compiling, processes
+from runtime.errors import InputError
+from runtime.progress import log
+
+ONEDNN_WHEELS = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
+# The folder in which Jittor 1.3.11 looks for the oneDNN it would otherwise download.
+ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
+SUPPORTED_CUDA = (11, 0), (13, 0)  # from, below: the toolkits whose headers Jittor 1.3.11 compiles
+
+
+def start(device: str = "auto", seed: int | None = None) -> str:
+    """Imports Jittor on a device and seeds it; returns ``"cpu"`` or ``"cuda"``.
+
+    ``device`` is auto, cpu or cuda. One log line names the device and, if ``auto`` chose the CPU,
+    the reason. Raises InputError if ``device`` is cuda and cannot be used, or if Jittor cannot be
+    built.
+    """
+    nvcc, obstacle = find_cuda() if device != "cpu" else (None, "as asked by --device cpu")
+    if device == "cuda" and nvcc is None:
+        raise InputError(f"--device cuda: {obstacle}; use --device cpu, or repair that")
+    _prepare_environment(nvcc)
+    first = "jittor" not in sys.modules
+    jt = _import_jittor(on_cuda=nvcc is not None)
+    if first:
+        compiling.watch()
+    # Code compiled with -Ofast flushes subnormal numbers to zero, about which NumPy warns.
+    warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
+    jt.flags.use_cuda = int(nvcc is not None)
+    if seed is not None:
+        jt.set_global_seed(seed, different_seed_for_mpi=False)  # the same weights in all processes
+    log(f"device: CUDA ({nvcc})" if nvcc else f"device: CPU ({obstacle})")
+    return "cuda" if nvcc else "cpu"
+
+
+def find_cuda() -> tuple[str | None, str]:
+    """(path of nvcc, "") where Jittor can use a GPU, else (None, the reason why not)."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None, "no NVIDIA driver found"
+    count = ctypes.c_int(0)
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if failed or not count.value:
+        return None, "the NVIDIA driver finds no GPU"
+    nvcc = os.environ.get("nvcc_path") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.access(nvcc, os.X_OK):
+        return None, "a GPU, but no nvcc; install a CUDA toolkit 12.x"
+    found = re.search(r"release (\d+)\.(\d+)",
+                      subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    version = tuple(map(int, found.groups())) if found else (0, 0)
+    if not SUPPORTED_CUDA[0] <= version < SUPPORTED_CUDA[1]:
+        return None, (f"a GPU, but {nvcc} is CUDA {version[0]}.{version[1]} and Jittor compiles "
+                      "with 11.x and 12.x; install one beside it and set nvcc_path")
+    toolkit = Path(nvcc).resolve().parents[1]
+    for library in ("libcudart.so", "libcublas.so", "libcurand.so"):  # what Jittor insists on
+        if not [*toolkit.glob(f"lib64/{library}*"), *toolkit.glob(f"lib/*/{library}*")]:
+            return None, f"a GPU, but no {library} beside {nvcc}; install the whole CUDA toolkit"
+    return nvcc, ""
+
+
+def _prepare_environment(nvcc: str | None) -> None:
+    # Even jittor_utils, which locates the cache, runs the compiler to learn its version.
+    if not shutil.which(os.environ.get("cc_path", "g++")):
+        raise InputError("g++ not found, Jittor compiles its operators with it; "
+                         "apt-get install g++")
+    # An empty nvcc_path gives a CPU build even if an nvcc is installed on a machine without a GPU.
+    os.environ["nvcc_path"] = nvcc or ""
+    # Jittor looks for pythonX.Y-config beside sys.executable; a virtual environment has none there.
+    config = "python%d.%d-config" % sys.version_info[:2]
+    config = Path(sys.executable).resolve().with_name(config)
+    if config.is_file():
+        os.environ.setdefault("python_config_path", str(config))
+    _prepare_mpi()
+    # No cuDNN, cuFFT, cuSPARSE: GPT-2 needs none of them.
+    os.environ["conv_opt"] = "1"
+    os.environ.setdefault("log_silent", "1")  # no information and warnings, only errors
+    # Jittor's 16 compilers at once are too many for a machine with fewer cores.
+    os.environ.setdefault("use_parallel_op_compiler", str(min(16, len(os.sched_getaffinity(0)))))
+    # Jittor would name its cache after the git branch, and compile everything again on another.
+    os.environ.setdefault("cache_name", "default")
+    os.environ.setdefault("use_mkl", "1" if _provide_onednn() else "0")
+
+
+def _prepare_mpi() -> None:
+    os.environ["use_mpi"] = "1" if processes.started_by_mpirun() else "0"
+    if not processes.started_by_mpirun():
+        return
+    if not shutil.which(os.environ.get("mpicc_path", "mpicc")):
+        raise InputError("mpicc not found, Jittor compiles its part of MPI with it; "
+                         "apt-get install openmpi-bin libopenmpi-dev")
+    # Each process would use all cores, unless mpirun has bound it to some.
+    cores = len(os.sched_getaffinity(0))
+    if cores == os.cpu_count():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes.local_size())))
+
+
+def _provide_onednn() -> bool:
+    """Links oneDNN's wheels to where Jittor looks for its download; False without the wheels."""
+    import jittor_utils
+
+    place = Path(jittor_utils.home(), ".cache", "jittor", "mkl", ONEDNN_FOLDER)
+    if (place / "lib" / "libmkldnn.so").is_file() and (place / "include" / "dnnl.hpp").is_file():
+        return True
+    files = {}
+    for wheel in ONEDNN_WHEELS:
+        try:
+            distribution = importlib.metadata.distribution(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            log(f"note: {wheel} is not installed, matrix products on the CPU will be slow; "
+                "pip install -r requirement.txt")
+            return False
+        for file in distribution.files or ():
+            files.setdefault(file.name, Path(distribution.locate_file(file)).resolve())
+    links = {place / "include": files["dnnl.hpp"].parent}
+    for name in ("libdnnl.so", "libdnnl.so.2", "libmkldnn.so"):
+        links[place / "lib" / name] = files["libdnnl.so.2"]
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        fresh = link.with_name(f".{link.name}.{os.getpid()}")
+        fresh.symlink_to(target)
+        os.replace(fresh, link)  # also replaces the link to an environment that was removed
+    return True
+
+
+def _import_jittor(on_cuda: bool):
+    import jittor_utils
+
+    jittor_utils.DelayProgress = compiling.CoreProgress
+    pattern = "*/jittor_core*.so" if on_cuda else "jittor_core*.so"
+    if not any(Path(jittor_utils.cache_path).glob(pattern)):
+        log("first start on this machine: Jittor compiles itself, about two minutes ...")
+    # Jittor installs handlers that end this process on Ctrl-C and when a child of it is killed or
+    # stopped. We put Python's handlers back, and block SIGCHLD until then.
+    handlers = {number: signal.getsignal(number)
+                for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        import jittor
+    except SystemExit:  # Jittor rebuilt its loader (another compiler or Python): start again
+        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
+    except Exception as error:  # a failed build raises exceptions of any type
+        reason = (str(error).strip().splitlines() or ["unknown"])[-1]
+        raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
+                         "errors in docs/running.md") from None
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    return jittor
+
+
+if "jittor" in sys.modules:
+    raise ImportError("import runtime.backend before jittor: it sets what Jittor reads at import")

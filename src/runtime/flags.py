@@ -1,0 +1,108 @@
+"""Types of flags for argparse, the ``--device`` flag, and files of flags."""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import math
+import os
+import sys
+from typing import Callable, TypeVar
+
+from runtime.errors import InputError
+from runtime.formats import read_lines
+
+Number = TypeVar("Number", int, float)
+
+
+def at_least(least: float, kind: Callable[[str], Number] = int) -> Callable[[str], Number]:
+    """An argparse type: a finite number of ``kind`` that is not below ``least``."""
+
+    def parse(text: str) -> Number:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse prints it: "invalid int value: ..."
+    return parse
+
+
+def between(least: float, most: float) -> Callable[[str], float]:
+    """An argparse type: a number from ``least`` to ``most``, both included."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {most}]")
+        return value
+
+    parse.__name__ = "float"
+    return parse
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed that every random generator accepts."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2**31)")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def add_device_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device auto|cpu|cuda``; runtime.backend.start takes its value."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                        help="where to compute; auto: CUDA if a GPU and its toolkit are usable, "
+                             "else the CPU")
+
+
+def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:
+    """The flags that a file holds for a script, by name: those of [DEFAULT] and of ``section``.
+
+    The file is in INI format, ``lr = 0.0002``; a flag without a value stands alone on its line.
+    Raises InputError where the file is missing, malformed, or has no such section.
+    """
+    ini = configparser.ConfigParser(allow_no_value=True, interpolation=None)
+    try:
+        ini.read_string("\n".join(read_lines(path)), source=str(path))
+    except configparser.Error as error:
+        line = getattr(error, "lineno", None) or error.errors[0][0]  # ParsingError has a list
+        raise InputError(f"{path}:{line}: not a [section], nor 'flag = value' of a new flag in "
+                         "one; see src/experiments/e2e.ini") from None
+    if section not in ini:
+        raise InputError(f"{path}: no section [{section}]; see src/experiments/e2e.ini")
+    return dict(ini[section])
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that replaces the word ``@FILE`` by the flags in FILE's section for this script.
+
+    Flags after ``@FILE`` override those in it. ``--help`` shows the defaults.
+    """
+
+    def __init__(self, section: str, description: str):
+        super().__init__(description=description,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                         epilog=f"@FILE stands for the flags in section [{section}] of a file, "
+                                "e.g. @src/experiments/e2e.ini")
+        self.section = section
+
+    def parse_args(self, args=None, namespace=None):
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if not word.startswith("@"):
+                words.append(word)
+                continue
+            for name, value in read_flags(word[1:], self.section).items():
+                words += [f"--{name}"] if value is None else [f"--{name}", value]
+        return super().parse_args(words, namespace)

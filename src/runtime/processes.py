@@ -1,0 +1,90 @@
+"""The processes of a run: which of them this is, and sums over all of them.
+
+mpirun tells each process its place through the environment, so it is known before Jittor is
+imported; a process that mpirun did not start is the only one. Every process must call the same
+functions in the same order, since each call waits for the others. Only process 0 writes files and
+logs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # scripts without arrays start faster without it
+    import numpy as np
+
+
+def started_by_mpirun() -> bool:
+    """Whether Open MPI started this process, even if it is the only one."""
+    return "OMPI_COMM_WORLD_SIZE" in os.environ
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+
+
+def local_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+
+
+def total(variables: list) -> list:
+    """The sums over all processes of jt.Vars, whose shapes are the same in each process."""
+    if world_size() == 1:
+        return variables
+    import jittor as jt
+    import numpy as np
+
+    summed = jt.concat([x.reshape(-1) for x in variables], dim=0).mpi_all_reduce("add")
+    ends = np.cumsum([x.numel() for x in variables])
+    return [summed[int(end) - x.numel():int(end)].reshape(x.shape)
+            for x, end in zip(variables, ends)]
+
+
+def total_array(array: np.ndarray) -> np.ndarray:
+    """The sum over all processes of a float32 or int32 array."""
+    if world_size() == 1:
+        return array
+    import jittor as jt
+
+    return total([jt.array(array)])[0].numpy()
+
+
+def total_number(number: float) -> float:
+    """The sum over all processes of a number, in float32 if there are several processes."""
+    if world_size() == 1:
+        return number
+    import numpy as np
+
+    return float(total_array(np.array([number], np.float32))[0])
+
+
+def any_of(flag: bool) -> bool:
+    """Whether ``flag`` is true in any process."""
+    return bool(total_number(flag))
+
+
+def gather(numbers: list[int]) -> list[list[int]]:
+    """The lists of all processes, each of the same length, of integers in [0, 2**32)."""
+    if world_size() == 1:
+        return [numbers]
+    import numpy as np
+
+    table = np.zeros((world_size(), len(numbers)), np.uint32)
+    table[rank()] = numbers  # the other rows are zeros, and x + 0 is exact also as int32
+    return total_array(table.view(np.int32)).view(np.uint32).tolist()
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if world_size() > 1:
+        import jittor as jt
+
+        jt.compile_extern.mpi.mpi_barrier()

@@ -1,0 +1,377 @@
+"""PyTorch's checkpoint files (``.pt``, ``.bin``) without PyTorch: nested dicts of NumPy arrays.
+
+A checkpoint is a pickle of its structure plus the raw bytes of its tensors, either in a zip
+archive (PyTorch >= 1.6) or one after the other in a plain file (the legacy format). Python's own
+unpickler trusts its input: it calls what the file names, and takes as much memory as it says. So
+the structure is read by an interpreter of our own that knows tensors and plain containers only,
+and sizes are held against the file's before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickletools
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Callable
+
+import numpy as np
+
+from runtime.formats import replacing
+
+STRUCTURE_LIMIT = 4 << 20  # bytes; that of gpt2.lg's published checkpoint takes 90 thousand
+DEPTH_LIMIT = 100  # of containers in each other
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# torch's storage classes and the NumPy type of their elements; bfloat16 has none, see to_array
+STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2",
+            "BFloat16Storage": "bfloat16", "LongStorage": "<i8", "IntStorage": "<i4",
+            "ShortStorage": "<i2", "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "?"}
+
+
+class TorchFileError(ValueError):
+    """The file is damaged, is no PyTorch checkpoint, or holds what we refuse to open."""
+
+    def __init__(self, message: str):  # which may quote the file: one line, no control characters
+        super().__init__("".join(c if c.isprintable() else "?" for c in message[:300]))
+
+
+def load(path: str | os.PathLike) -> object:
+    """What ``torch.save`` wrote to ``path``, its tensors as NumPy arrays of their shapes.
+
+    bfloat16 tensors become float32. Raises TorchFileError, and OSError if it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            is_zip = zipfile.is_zipfile(file)
+            file.seek(0)
+            value = _load_zip(file, size) if is_zip else _load_legacy(file, size)
+            _check_depth(value)
+            return value
+        except TorchFileError:
+            raise
+        except Exception as error:  # a damaged file fails in any way it likes
+            reason = str(error) or type(error).__name__
+            raise TorchFileError(f"damaged, or no PyTorch checkpoint ({reason:.100})") from None
+
+
+def _load_zip(file: IO[bytes], size: int) -> object:
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise TorchFileError("a zip archive, but no PyTorch checkpoint")
+        if len(members) != len(archive.infolist()):
+            raise TorchFileError("refused: two of its members have one name")
+        for name, info in members.items():
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                raise TorchFileError(f"refused: {name} is compressed, as PyTorch never does")
+        if sum(info.file_size for info in members.values()) > size:
+            raise TorchFileError("refused: its members are larger than the file")
+
+        def read(name: str, limit: int) -> bytes:
+            if members[name].file_size > limit:
+                raise TorchFileError(f"refused: {name} has {members[name].file_size} bytes, "
+                                     f"more than {limit}")
+            return archive.read(members[name])
+
+        folder = pickles[0][: -len("data.pkl")]
+        if f"{folder}byteorder" in members and read(f"{folder}byteorder", 10) != b"little":
+            raise TorchFileError("its numbers are big-endian; save it on a usual machine")
+
+        def read_storage(key: str, count: int) -> bytes:
+            info = members.get(f"{folder}data/{key}")
+            if info is None:
+                raise TorchFileError(f"tensor data {key} is missing")
+            if info.file_size != count:
+                raise TorchFileError(f"tensor data {key} has {info.file_size} bytes, not {count}")
+            return archive.read(info)
+
+        structure = io.BytesIO(read(pickles[0], STRUCTURE_LIMIT))
+        return _Unpickler(size, read_storage).load(structure)
+
+
+def _load_legacy(file: IO[bytes], size: int) -> object:
+    def refuse(*_):
+        raise TorchFileError("tensor data where none belongs")
+
+    plain = _Unpickler(size, refuse)
+    head = io.BytesIO(file.read(STRUCTURE_LIMIT))
+    if plain.load(head) != LEGACY_MAGIC:
+        raise TorchFileError("no PyTorch checkpoint")
+    plain.load(head)  # protocol version
+    plain.load(head)  # sizes of C types, byte order
+    # The structure comes before the bytes: reading it twice, first to learn which storages there
+    # are, is simpler than filling tensors in afterwards.
+    begin, sizes = head.tell(), {}
+
+    def note_size(key: str, count: int) -> bytes:
+        sizes[key] = count
+        return bytes(count)
+
+    _Unpickler(size, note_size).load(head)
+    keys = plain.load(head)
+    file.seek(head.tell())
+    data = {}
+    for key in keys:
+        count, = struct.unpack("<q", file.read(8))
+        if count < 0 or key not in sizes or key in data:
+            raise TorchFileError(f"unknown tensor data {key}")
+        if sizes[key] > size - file.tell():
+            raise TorchFileError("the file ends too early")
+        data[key] = file.read(sizes[key])
+    if data.keys() != sizes.keys():
+        raise TorchFileError("tensor data is missing")
+    head.seek(begin)
+    return _Unpickler(size, lambda key, count: data[key]).load(head)
+
+
+def _check_depth(value: object) -> None:
+    level, seen = [value], set()
+    for _ in range(DEPTH_LIMIT):
+        seen.update(map(id, level))
+        inner = [item for container in level if isinstance(container, (dict, list, tuple))
+                 for item in (container.values() if isinstance(container, dict) else container)]
+        level = list({id(item): item for item in inner if id(item) not in seen}.values())
+        if not level:
+            return
+    raise TorchFileError(f"refused: more than {DEPTH_LIMIT} containers in each other")
+
+
+class _Global:
+    """A function or class that a pickle names; one of those below is all that it may be."""
+
+    def __init__(self, module: object, name: object):
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise TorchFileError("damaged: it asks for what has no name")
+        self.name = f"{module}.{name}"
+        self.storage = STORAGES.get(name) if module == "torch" else None
+        if self.storage is None and self.name not in CALLABLE:
+            raise TorchFileError(f"refused: it asks for {self.name}, which is no tensor and no "
+                                 "plain container")
+
+
+ORDERED_DICT = "collections.OrderedDict"
+REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+CALLABLE = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER}
+_MARK = object()
+
+
+class _Unpickler:
+    """Reads pickles of tensors and plain containers.
+
+    ``read_storage(key, size)`` gives the ``size`` bytes of a storage. All storages together are no
+    larger than the file of ``file_size`` bytes, and all tensors no more than a few times as large,
+    however often they show the same bytes.
+    """
+
+    def __init__(self, file_size: int, read_storage: Callable[[str, int], bytes]):
+        self.read_storage, self.storages = read_storage, {}
+        self.storage_room, self.tensor_room = file_size, 8 * file_size + (1 << 20)
+
+    def load(self, file: io.BytesIO) -> object:
+        """The value of the pickle that begins at the file's position, which moves past it."""
+        stack, memo = [], {}
+        for opcode, argument, _ in pickletools.genops(file):
+            name = opcode.name
+            if name == "STOP":
+                return _pop(stack, 1)[0]
+            if name in ("PROTO", "FRAME"):
+                pass
+            elif name in _CONSTANTS:
+                stack.append(_CONSTANTS[name])
+            elif name in _LITERALS:
+                stack.append(argument)
+            elif name == "MARK":
+                stack.append(_MARK)
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[argument] = stack[-1]
+            elif name == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                stack.append(memo[argument])
+            elif name == "POP":
+                stack.pop()
+            elif name == "POP_MARK":
+                _pop_mark(stack)
+            elif name in _EMPTY:
+                stack.append(_EMPTY[name]())
+            elif name in ("LIST", "TUPLE"):
+                stack.append(_EMPTY[f"EMPTY_{name}"](_pop_mark(stack)))
+            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+                stack.append(tuple(_pop(stack, int(name[-1]))))
+            elif name == "DICT":
+                stack.append(_fill({}, _pop_mark(stack)))
+            elif name == "APPEND":
+                _extend(stack, _pop(stack, 1))
+            elif name == "APPENDS":
+                _extend(stack, _pop_mark(stack))
+            elif name == "SETITEM":
+                _fill(stack[-3], _pop(stack, 2))
+            elif name == "SETITEMS":
+                items = _pop_mark(stack)
+                _fill(stack[-1], items)
+            elif name == "GLOBAL":
+                stack.append(_Global(*argument.split(" ", 1)))
+            elif name == "STACK_GLOBAL":
+                stack.append(_Global(*_pop(stack, 2)))
+            elif name == "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            elif name == "REDUCE":
+                function, arguments = _pop(stack, 2)
+                stack.append(self._call(function, arguments))
+            elif name == "BUILD":  # attributes of a dict, such as a state dict's _metadata
+                _, target = stack.pop(), stack[-1]
+                if not isinstance(target, OrderedDict):
+                    raise TorchFileError("refused: it changes what is no plain container")
+            else:
+                raise TorchFileError(f"refused: it uses {name}, which no checkpoint needs")
+        raise TorchFileError("damaged, or no PyTorch checkpoint")
+
+    def _storage(self, pid: object) -> np.ndarray:
+        if not isinstance(pid, tuple) or len(pid) < 5:
+            raise TorchFileError("malformed tensor data")
+        kind, storage, key, _location, count = pid[:5]
+        if kind != "storage" or not isinstance(storage, _Global) or storage.storage is None \
+                or type(count) is not int or count < 0 or type(key) not in (str, int):
+            raise TorchFileError("malformed tensor data")
+        key, dtype = str(key), storage.storage
+        if key not in self.storages:
+            size = count * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
+            self.storage_room -= size
+            if self.storage_room < 0:
+                raise TorchFileError(f"tensor data {key} has {size} bytes, too many for the file")
+            self.storages[key] = dtype, to_array(self.read_storage(key, size), dtype)
+        known_dtype, array = self.storages[key]
+        if known_dtype != dtype or array.size != count:
+            raise TorchFileError(f"tensor data {key} is of two kinds")
+        return array
+
+    def _call(self, function: object, arguments: object) -> object:
+        name = function.name if isinstance(function, _Global) else ""
+        if not isinstance(arguments, tuple):
+            raise TorchFileError("refused: a call without arguments")
+        if name == ORDERED_DICT and not arguments:
+            return OrderedDict()
+        if name == ORDERED_DICT and len(arguments) == 1 and isinstance(arguments[0], list):
+            return _fill(OrderedDict(), [part for key, value in arguments[0]
+                                         for part in (key, value)])
+        if name == REBUILD_PARAMETER and arguments and isinstance(arguments[0], np.ndarray):
+            return arguments[0]
+        if name == REBUILD_TENSOR and len(arguments) >= 4:
+            tensor = _rebuild_tensor(*arguments[:4])
+            self.tensor_room -= tensor.nbytes
+            if self.tensor_room < 0:
+                raise TorchFileError("refused: its tensors are much larger than the file")
+            return tensor
+        raise TorchFileError(f"refused: it calls {name or 'what is no function'} in a way no "
+                             "checkpoint does")
+
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+             "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+             "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+
+
+def _pop(stack: list, count: int) -> list:
+    if len(stack) < count or any(item is _MARK for item in stack[-count:]):
+        raise TorchFileError("damaged: its structure ends within itself")
+    items = stack[-count:]
+    del stack[-count:]
+    return items
+
+
+def _pop_mark(stack: list) -> list:
+    items = []
+    while (item := stack.pop()) is not _MARK:
+        items.append(item)
+    return items[::-1]
+
+
+def _extend(stack: list, items: list) -> None:
+    if not isinstance(stack[-1], list):
+        raise TorchFileError("damaged: it appends to what is no list")
+    stack[-1].extend(items)
+
+
+def _fill(target: object, items: list) -> dict:
+    """Puts keys and values, one after the other, into a dict."""
+    keys, values = items[::2], items[1::2]
+    # Hashing anything but plain keys could take for ever: tuples nest.
+    if not isinstance(target, dict) or len(keys) != len(values) \
+            or not all(isinstance(key, (str, int, float, bytes)) for key in keys):
+        raise TorchFileError("damaged: a dict with keys that are no plain names")
+    target.update(zip(keys, values))
+    return target
+
+
+def to_array(data: bytes, dtype: str) -> np.ndarray:
+    """The numbers in ``data``, of one of the types in STORAGES; bfloat16 becomes float32."""
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, dtype)
+
+
+def _rebuild_tensor(storage: object, offset: object, shape: object,
+                    stride: object) -> np.ndarray:
+    if not isinstance(storage, np.ndarray) or not isinstance(shape, tuple) \
+            or not isinstance(stride, tuple) \
+            or not all(type(number) is int for number in (offset, *shape, *stride)):
+        raise TorchFileError("malformed tensor")
+    if len(shape) != len(stride) or min((offset, *shape, *stride)) < 0:
+        raise TorchFileError("a tensor of impossible shape")
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride))
+    if 0 not in shape and last >= storage.size:
+        raise TorchFileError("a tensor larger than its data")
+    return np.lib.stride_tricks.as_strided(
+        storage[offset:], shape, [step * storage.itemsize for step in stride], writeable=False)
+
+
+def save(path: str | os.PathLike, state: dict) -> None:
+    """Writes nested dicts of float32 arrays, strings and integers in PyTorch's zip format.
+
+    Equal bytes for equal content; an array that occurs under two names is stored once.
+    ``torch.load(path, weights_only=True)`` opens it. Raises InputError if it cannot be written.
+    """
+    arrays: dict[int, tuple[int, np.ndarray]] = {}  # id -> (key, array)
+    structure = b"\x80\x02" + _pickled(state, arrays) + b"."
+    folder = Path(path).stem
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        def write(name: str, data: bytes) -> None:  # ZipInfo's default date keeps bytes equal
+            archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data)
+
+        write("data.pkl", structure)
+        write("byteorder", b"little")
+        for key, array in arrays.values():
+            write(f"data/{key}", array.astype("<f4", copy=False).tobytes())
+        write("version", b"3\n")
+
+
+def _pickled(value: object, arrays: dict) -> bytes:
+    """Protocol-2 opcodes for ``value``; Python's pickler cannot name classes of an absent torch."""
+    if isinstance(value, dict):
+        items = b"".join(_pickled(k, arrays) + _pickled(v, arrays) for k, v in value.items())
+        return b"}(" + items + b"u"
+    if isinstance(value, str):
+        text = value.encode("utf-8")
+        return b"X" + struct.pack("<I", len(text)) + text
+    if isinstance(value, bool):
+        return b"\x88" if value else b"\x89"
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, tuple):
+        return b"(" + b"".join(_pickled(item, arrays) for item in value) + b"t"
+    key, _ = arrays.setdefault(id(value), (len(arrays), value))
+    strides = tuple(step // 4 for step in np.empty(value.shape, "<f4").strides)
+    storage = (b"(" + _pickled("storage", arrays) + b"ctorch\nFloatStorage\n"
+               + _pickled(str(key), arrays) + _pickled("cpu", arrays)
+               + _pickled(value.size, arrays) + b"tQ")
+    rest = b"".join(_pickled(item, arrays) for item in (0, value.shape, strides, False))
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + hooks + b"tR"

@@ -1,0 +1,96 @@
+"""Step-by-step decoding with cached keys and values against PyTorch, which has no cache here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import weights_of
+
+CARD = {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 61, "n_positions": 40}
+
+
+@pytest.fixture
+def generator(jittor, small_model):
+    from generator import Generator
+
+    return Generator(small_model(seed=3))
+
+
+# query lengths, beams; the longest query is not the last one
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("lengths, beams", [((4,), 1), ((1, 6, 3), 2)])
+def test_cached_decoding(jittor, small_model, generator, torch_side, lengths, beams, at_once):
+    """Each step's logits are those of the whole sequence computed anew, also if beams are dropped,
+    doubled or change places; and whether they are fetched at each step or all at the end."""
+    steps, random = 4, np.random.default_rng(beams)
+    queries = [random.integers(CARD["vocab_size"], size=n).tolist() for n in lengths]
+    padded = np.zeros((len(lengths), max(lengths)), np.int32)
+    for row, query in enumerate(queries):
+        padded[row, :len(query)] = query
+
+    sequences, ours = list(queries), []  # every sequence, and our logits behind it
+    with jittor.no_grad():
+        out, cache = generator.start(padded, np.array(lengths), steps, beams)
+        ours.append(out.numpy() if at_once else out)
+        # The first step makes the beams from one row of each sample.
+        current, origin = queries, np.repeat(np.arange(len(lengths)), beams)
+        for _ in range(steps):
+            tokens = random.integers(CARD["vocab_size"], size=(len(lengths), beams))
+            current = [current[row] + [int(token)] for row, token in zip(origin, tokens.ravel())]
+            out = generator.step(tokens, origin, cache)
+            sequences += current
+            ours.append(out.numpy() if at_once else out)
+            origin = (random.integers(beams, size=(len(lengths), beams))
+                      + beams * np.arange(len(lengths))[:, None]).ravel()
+
+    ours = [row for out in ours for row in np.asarray(out if at_once else out.numpy())]
+    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
+    for row, sequence in enumerate(sequences):
+        ids[row, :len(sequence)] = sequence
+    truth = torch_side("logits", {**weights_of(small_model(seed=3)), "input_ids": ids},
+                       card=CARD, r=3, alpha=6)["logits"]
+    assert len(ours) == len(sequences)
+    for row, sequence in enumerate(sequences):
+        wanted = truth[row, len(sequence) - 1]
+        assert np.abs(ours[row] - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_two_caches_are_independent(jittor, generator):
+    query, token, origin = np.array([[5, 9, 2]], np.int32), np.array([[7]]), np.array([0])
+
+    def decode(other=None):
+        with jittor.no_grad():
+            _, cache = generator.start(query, np.array([3]), 2, 1)
+            if other is not None:
+                _, second = generator.start(other, np.array([3]), 2, 1)
+                generator.step(np.array([[1]]), origin, second)
+            generator.step(token, origin, cache)
+            return generator.step(token, origin, cache).numpy()
+
+    assert np.array_equal(decode(), decode(other=np.array([[8, 8, 8]], np.int32)))
+
+
+def test_the_model_stays_as_it_was(jittor, small_model):
+    """A model that trains with dropout can be made a generator of, and trains on."""
+    import lora
+    from generator import Generator
+
+    model = small_model(dropout=0.5)
+    lora.mark_only_lora_as_trainable(model)
+    model.train()
+    before, trained = weights_of(model), [n for n, p in model.named_parameters() if p.requires_grad]
+    generator = Generator(model)
+    query = np.array([[5, 9, 2]], np.int32)
+    with jittor.no_grad():
+        logits = [generator.start(query, np.array([3]), 1, 1)[0].numpy() for _ in range(2)]
+    assert np.array_equal(*logits)  # no dropout in the generator, whatever the seed
+    assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(layer.is_training() for layer in model.modules())
+    after = weights_of(model)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(array, after[name]) for name, array in before.items())
+
+
+def test_a_generator_can_only_generate(generator):
+    public = {name for name in dir(generator) if not name.startswith("_")}
+    assert public == {"config", "start", "step"}

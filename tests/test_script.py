@@ -1,0 +1,90 @@
+"""How scripts end, and the numbers their flags take."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from runtime.errors import Interrupted
+from runtime.flags import at_least, between
+from runtime.script import StopRequest
+
+IMPORTS = "from runtime import script\nfrom runtime.errors import InputError, Interrupted\n"
+
+
+def script(root, body, **options):
+    """Runs ``body`` as a script's main; returns the finished process."""
+    lines = "".join(f"    {line}\n" for line in body)
+    code = f"{IMPORTS}def main():\n{lines}script.run(main)"
+    return subprocess.run([sys.executable, "-c", code], capture_output="stdout" not in options,
+                          text=True, env={**os.environ, "PYTHONPATH": str(root / "src")}, **options)
+
+
+@pytest.mark.parametrize("body, code, said", [
+    (["raise InputError('a.txt:3: bad; mend it')"], 1, "error: a.txt:3: bad; mend it\n"),
+    (["raise MemoryError"], 1, "error: out of memory; take smaller batches or a smaller model\n"),
+    (["raise KeyboardInterrupt"], 130, "interrupted\n"),
+    (["raise Interrupted('stopped')"], 130, "stopped\n"),
+    (["raise BrokenPipeError"], 141, ""),
+    (["open('/none/such')"], 1, "error: /none/such: No such file or directory; check free space "
+                                "and permissions\n"),
+    (["print('well')"], 0, ""),
+])
+def test_how_a_script_ends(root, body, code, said):
+    done = script(root, body)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_standard_output_on_a_full_disk(root):
+    with open("/dev/full", "w") as full:
+        done = script(root, ["print('x' * 100)"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr == ("error: standard output: No space left on device; check free space "
+                           "and permissions\n")
+
+
+def test_what_is_nobodys_mistake_keeps_its_traceback(root):
+    done = script(root, ["raise ZeroDivisionError"])
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_stop_request():
+    said, before = [], [signal.getsignal(n) for n in StopRequest.SIGNALS]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest(said.append) as stop:
+        signal.raise_signal(signal.SIGHUP)  # as under nohup
+        assert not stop.requested and not said
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and len(said) == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(Interrupted):  # Ctrl-C killed the compiler
+        with StopRequest(said.append):
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError
+    with pytest.raises(RuntimeError):
+        with StopRequest(said.append):
+            raise RuntimeError
+    for number, handler in zip(StopRequest.SIGNALS, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (at_least(1), ["1", "7"], ["0", "-1", "x", "1.5"]),
+    (at_least(0, float), ["0", "1e-9"], ["-1", "nan", "inf"]),
+    (between(-10, 10), ["-10", "0.8", "10"], ["10.1", "nan", "inf"]),
+])
+def test_numbers_of_flags(kind, good, bad):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--n", type=kind)
+    for text in good:
+        assert parser.parse_args([f"--n={text}"]).n == float(text)
+    for text in bad:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--n={text}"])

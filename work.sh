@@ -12,11 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 experiment="${1:-e2e}"
-flags="src/experiments/$experiment.ini"  # what the variables below do not override
-
-of_flags() {  # NAME: its value in $flags
-    sed -n "s/^$1 *= *//p" "$flags"
-}
+flags=(@src/experiments/e2e.ini)  # what the variables below do not override
 
 case "$experiment" in
 e2e)
@@ -24,7 +20,8 @@ e2e)
     WORK_DIR="${WORK_DIR:-./trained_models/GPT2_M/e2e}"
     ;;
 demo)
-    MODEL_CARD=""  # always that of the flags
+    flags+=(@src/experiments/demo.ini)
+    MODEL_CARD=""  # not to be overridden
     DATA="${DATA:-./data/demo/work}"
     WORK_DIR="${WORK_DIR:-./trained_models/demo}"
     ;;
@@ -33,7 +30,6 @@ demo)
     exit 2
     ;;
 esac
-MODEL_CARD="${MODEL_CARD:-$(of_flags model_card)}"
 DEVICE="${DEVICE:-auto}"  # auto, cpu or cuda
 RESUME="${RESUME:-auto}"  # auto, yes (refuse a run of other settings) or no
 export NPROC="${NPROC:-1}"  # processes that share training and beam search, see setup.sh
@@ -73,7 +69,7 @@ fine_tune() {  # BASE_CHECKPOINT
     override MODEL_CARD=model_card EPOCHS=max_epoch BATCH_SIZE=train_batch_size GRAD_ACC=grad_acc \
         LEARNING_RATE=lr WARMUP_STEPS=warmup_step LORA_DIM=lora_dim LORA_ALPHA=lora_alpha \
         LOG_INTERVAL=log_interval SEED=random_seed
-    launch src/gpt2_ft.py "@$flags" "${overrides[@]}" \
+    launch src/gpt2_ft.py "${flags[@]}" "${overrides[@]}" \
         --train_data "$DATA/train.jsonl" \
         --valid_data "$DATA/valid.jsonl" \
         --init_checkpoint "$1" \
@@ -85,7 +81,7 @@ fine_tune() {  # BASE_CHECKPOINT
 generate() {  # CHECKPOINT OUTPUT_FILE FLAG...
     override MODEL_CARD=model_card BEAM_BATCH_SIZE=batch_size LORA_DIM=lora_dim \
         LORA_ALPHA=lora_alpha
-    launch src/gpt2_beam.py "@$flags" "${overrides[@]}" \
+    launch src/gpt2_beam.py "${flags[@]}" "${overrides[@]}" \
         --data "$DATA/test.jsonl" \
         --init_checkpoint "$1" \
         --work_dir "$WORK_DIR" \
@@ -118,6 +114,7 @@ last_checkpoint() {  # FOLDER
 
 run_e2e() {
     local base checkpoint step predictions
+    MODEL_CARD="${MODEL_CARD:-$(sed -n 's/^model_card *= *//p' src/experiments/e2e.ini)}"
     case "$MODEL_CARD" in
     gpt2.sm) base=gpt2-pytorch_model.bin ;;
     gpt2.md) base=gpt2-medium-pytorch_model.bin ;;
@@ -155,7 +152,7 @@ run_demo() {
             --output "$DATA/$name.jsonl" --add_bos --add_eos
     done
 
-    echo "== a $MODEL_CARD base model, pretrained on the broader corpus"
+    echo "== a gpt2.nano base model, pretrained on the broader corpus"
     pretrain
     base="$(last_checkpoint "$WORK_DIR/base")"
     echo "== LoRA on the frozen base"

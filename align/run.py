@@ -67,7 +67,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--steps and --inputs take numbers from 1 on")
     if not args.strict and len(set(args.seeds)) < 3:
         parser.error("--seeds: a mean with its spread needs three seeds (or add --strict)")
-    args.flags = ROOT / "src/experiments" / ("demo.ini" if args.data == "demo" else "e2e.ini")
+    names = ["e2e", "demo"] if args.data == "demo" else ["e2e"]
+    args.flags = [ROOT / "src/experiments" / f"{name}.ini" for name in names]
     args.card = args.card or ("gpt2.nano" if args.data == "demo" else "gpt2.sm")
     if args.base is None and args.data != "demo" and args.card not in PUBLISHED:
         parser.error(f"--card {args.card} has no published weights; add --base FILE or random")
@@ -84,7 +85,7 @@ def main() -> None:
         for seed in args.seeds:
             shutil.rmtree(folder / f"seed{seed}" / "float64", ignore_errors=True)
             execute("align/torch_init.py", "--model_card", args.card,
-                    "--lora_dim", read_flags(args.flags, "gpt2_ft")["lora_dim"],
+                    "--lora_dim", read_flags(args.flags[0], "gpt2_ft")["lora_dim"],
                     "--random_seed", seed, "--output", folder / f"seed{seed}" / "lora.pt")
             for side in ("torch", "jittor"):
                 experiment(args, folder, base, seed, side)
@@ -136,7 +137,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
         return folder / "base.pt"
     if args.base:
         return Path(args.base)
-    if args.flags.name == "e2e.ini":
+    if len(args.flags) == 1:  # not the demo
         return ROOT / "pretrained_checkpoints" / f"{PUBLISHED[args.card]}-pytorch_model.bin"
     bases = sorted(ROOT.glob("trained_models/demo/base/model.*.pt"), key=os.path.getmtime)
     if not bases:
@@ -148,8 +149,8 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
     """Training, beam search, decoding and scoring of one side, in FOLDER/seedSEED/SIDE."""
     train, beam = SCRIPTS[side]
     out, lora = folder / f"seed{seed}" / side, folder / f"seed{seed}" / "lora.pt"
-    model = [f"@{args.flags}", "--model_card", args.card, "--device", args.device,
-             "--work_dir", out]
+    model = [*(f"@{path}" for path in args.flags), "--model_card", args.card,
+             "--device", args.device, "--work_dir", out]
     model += ["--dtype", "float64"] if side == "float64" else []
     # An epoch has at least one step: so many epochs do not end the run before so many steps.
     length = ["--max_step", args.steps, "--max_epoch", args.steps] if args.steps else []

@@ -20,6 +20,7 @@ from typing import Hashable
 
 from encoder import END_OF_TEXT, Encoder, get_encoder
 from runtime.errors import InputError
+from runtime.flags import at_least
 from runtime.formats import read_jsonl, read_lines, replacing
 from runtime.progress import log
 from runtime.script import run
@@ -140,13 +141,6 @@ def write_together(files: dict[Path, list[str]]) -> None:
             os.fsync(file.fileno())
 
 
-def count(text: str) -> int:
-    """A number of files, at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decodes predictions and groups references.")
     parser.add_argument("--vocab", required=True, metavar="DIR",
@@ -164,7 +158,7 @@ def parse_args() -> argparse.Namespace:
                              "(without it: equal contexts)")
     parser.add_argument("--ref_type", default="e2e", choices=["e2e", "webnlg", "dart"],
                         help="layout of the references (default %(default)s)")
-    parser.add_argument("--ref_num", type=count, default=4, metavar="N",
+    parser.add_argument("--ref_num", type=at_least(1), default=4, metavar="N",
                         help="number of reference files for webnlg and dart "
                              "(default %(default)s)")
     parser.add_argument("--tokenize", action="store_true",

@@ -1,6 +1,6 @@
-// Enough of CUDA to run our kernels on the CPU. Blocks run one after the other; the threads of a
-// block are coroutines that take turns at __syncthreads(), each time in another order, so that
-// most of the results a kernel owes to a missing barrier are wrong.
+// Enough of CUDA to run our kernels on the CPU. Blocks run one after the other. The threads of a
+// block are coroutines that switch at __syncthreads(), in a new random order each time: without a
+// barrier that it needs, a kernel's results are most often wrong.
 
 #include <ucontext.h>
 #include <algorithm>

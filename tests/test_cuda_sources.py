@@ -109,7 +109,7 @@ def test_c_and_cuda_take_the_same_arguments(calls, operator):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_nvcc_compiles_it(calls, operator, tmp_path):
+def test_nvcc_compiles_them(calls, operator, tmp_path):
     from ops.native import text_of
 
     if not shutil.which("nvcc"):

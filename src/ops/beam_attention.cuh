@@ -32,13 +32,8 @@ __global__ static void beam_attention_kernel(float* y, const float* store, const
                                              int steps, int D) {
     const int row = blockIdx.x, h = blockIdx.y, C = heads * D;
     const int begin = spans[2 * row], seen = spans[2 * row + 1] - begin;
-    const Keys keys = {prefix + ((int64_t)begin * 3 + 1) * C + h * D,
-                       store + h * D,
-                       ancestors + row,
-                       seen,
-                       widest,
-                       rows,
-                       C};
+    const float* first = prefix + ((int64_t)begin * 3 + 1) * C + h * D;
+    const Keys keys = {first, store + h * D, ancestors + row, seen, widest, rows, C};
     attend(y + (int64_t)row * C + h * D, qkv + (int64_t)row * 3 * C + h * D, keys, seen + steps, C,
            D);
 }

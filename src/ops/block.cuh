@@ -1,15 +1,15 @@
 // What the CUDA kernels share: reductions over the threads of a block, by a tree in shared memory.
-// The order of additions is fixed, so results repeat themselves bit for bit.
+// The order of additions is fixed, so results are reproducible bit for bit.
 
 #include <cstdint>
 #include <stdexcept>
 
-const int THREADS = 256;  // at most, in a block; a power of two
-const int COLUMNS = 32;   // of a matrix whose rows are summed: neighbours in memory
+const int THREADS = 256;  // of a block, at most; a power of two
+const int COLUMNS = 32;   // adjacent columns of a matrix, whose rows one block sums
 
 static inline int blocks_for(int64_t count) { return (count + THREADS - 1) / THREADS; }
 
-// combine() of the x of all threads whose index leaves the same remainder by `columns`.
+// combine() of the x of all threads with the same index modulo `columns`; all threads return it.
 template <class T, class Combine>
 __device__ static T reduce(T x, Combine combine, int columns = 1) {
     __shared__ T shared[THREADS];

@@ -2,12 +2,12 @@
 //
 //     C (M, N) = A (M, K) B,   then finish(m, n, count, row) on every finished piece of C
 //
-// GotoBLAS' scheme (Goto and van de Geijn, 2008) with the packing of A left out: A has tens of
+// GotoBLAS' method (Goto and van de Geijn, 2008) without the packing of A, which has only tens of
 // rows. B's columns are divided into panels of NR, and each thread takes a few panels at a time. It
-// brings KC x NR numbers of B (16 KB, half of a first-level cache) into order, and runs all rows of
-// A over them in tiles of at most MR x NR numbers of C that stay in registers. Where B is in order
-// already, it takes more at a time: the processor fetches them from the second-level cache, and C
-// is read and written less often.
+// packs KC x NR numbers of B (16 KB, half of a first-level cache), and multiplies all rows of A by
+// them in tiles of at most MR x NR numbers of C that stay in registers. Where B is packed already,
+// a block has more rows: the processor fetches them from the second-level cache, and C is read and
+// written less often.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,8 +22,8 @@ const int W = 16, MR = 12;  // numbers in a vector register, rows of a tile
 const int W = 8, MR = 6;
 #endif
 const int NR = 2 * W, KC = 4096 / NR, PACKED_KC = 1024;
-// Rows of A go by blocks that stay in a second-level cache of 512 KB: whole rows if they have at
-// most DOWN columns, else as many columns at a time as of B.
+// Rows of A are divided into blocks that stay in a second-level cache of 512 KB: whole rows if they
+// have at most DOWN columns, else as many columns at a time as a block of B has rows.
 const int DOWN = 1024;
 typedef float Vec __attribute__((vector_size(W * sizeof(float))));
 
@@ -34,8 +34,8 @@ static inline Vec load(const float* p) {
 }
 static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// c (R, NR) += a (R, kc) b (kc, NR); b is one block of memory, rows of a and c are lda, ldc apart.
-// Meanwhile memory from `ahead` on is fetched into the cache, `pace` numbers a step.
+// c (R, NR) += a (R, kc) b (kc, NR), or c = a b if `fresh`; b is contiguous, rows of a and c are
+// lda and ldc apart. Prefetches memory from `ahead` on, `pace` numbers in each step.
 template <int R>
 static void tile(const float* a, int64_t lda, const float* b, int kc, float* c, int64_t ldc,
                  bool fresh, const float* ahead, int pace) {
@@ -66,7 +66,7 @@ template <>
 void tile_of<0>(int, const float*, int64_t, const float*, int, float*, int64_t, bool, const float*,
                 int) {}
 
-// Eight rows of eight numbers, ld apart, written as columns NR apart.
+// Reads eight rows of eight numbers, ld apart, and writes their transpose, with rows NR apart.
 static inline void transpose8(const float* from, int64_t ld, float* to) {
     typedef float V8 __attribute__((vector_size(32)));
     typedef int I8 __attribute__((vector_size(32)));
@@ -93,9 +93,10 @@ static inline void transpose8(const float* from, int64_t ld, float* to) {
 // How B lies in memory: (K, N), its transpose (N, K), or as pack() left it.
 enum Layout { ROWS, COLUMNS, PACKED };
 
-// B's rows k to k + kc in columns n to n + cols, as a block kc x NR; missing columns are zeros.
+// B's rows k to k + kc - 1 in columns n to n + cols - 1, as a block (kc, NR); missing columns are
+// 0.
 template <Layout layout>
-static void bring(const float* b, int64_t ld, int k, int kc, int n, int cols, float* to) {
+static void pack_block(const float* b, int64_t ld, int k, int kc, int n, int cols, float* to) {
     if (cols < NR) std::fill_n(to, kc * NR, 0.f);
     if (layout == ROWS) {
         for (int i = 0; i < kc; i++) {
@@ -120,9 +121,9 @@ static void bring(const float* b, int64_t ld, int k, int kc, int n, int cols, fl
     }
 }
 
-// All rows of a over one block of B. The rows are dealt out evenly among the tiles: 46 rows are
-// 6 tiles of 6 and 2 of 5, not 7 of 6 and one of 4. Meanwhile the next block is fetched: it is
-// one piece of memory (stride 0), or `lines` pieces of `line` numbers, `stride` apart.
+// All rows of a times one block of B. The rows are divided evenly among the tiles: 46 rows are 6
+// tiles of 6 and 2 of 5, not 7 of 6 and one of 4. Prefetches the next block, which is contiguous
+// (stride 0), or `lines` pieces of `line` numbers, `stride` apart.
 static inline void all_rows(int M, const float* a, int64_t lda, const float* b, int kc, float* c,
                             int64_t ldc, bool fresh, const float* next, int64_t stride, int lines,
                             int line) {
@@ -141,7 +142,7 @@ static inline void all_rows(int M, const float* a, int64_t lda, const float* b, 
 // C[m, n .. n + count), once they are sums over all of K; each is finished once.
 template <Layout layout, class Finish>
 static void multiply(int M, int N, int K, const float* A, const float* B, float* C, Finish finish) {
-    // A second block brings all of B once more, which a packed one makes cheap.
+    // For each block of A's rows, all of B is read, which takes less time if B is packed.
     const int MB = layout == PACKED ? 96 : 128, depth = layout == PACKED ? PACKED_KC : KC;
     const int panels = (N + NR - 1) / NR, blocks = (M + MB - 1) / MB;
     const int64_t ld = layout == ROWS ? N : K;
@@ -150,7 +151,7 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
         alignas(64) float block[layout == PACKED ? 1 : KC * NR];
         alignas(64) float edge[MB * NR];  // C's last columns, full width
 
-        // rows m0 .. m1 of C's columns in `panel`: adds the products of k .. k + depth
+        // Adds A's columns times B's rows k to k + depth - 1 to C's rows m0 to m1 - 1 in `panel`.
         const auto step = [&](int m0, int m1, int panel, int k, bool down) {
             const int kc = std::min(depth, K - k), n = panel * NR, cols = std::min(NR, N - n);
             const float* a = A + (int64_t)m0 * K + k;
@@ -161,8 +162,8 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
                 all_rows(m1 - m0, a, K, b, kc, c, ldc, k == 0, b + (int64_t)(down ? kc : K) * NR, 0,
                          0, 0);
             } else {
-                bring<layout>(B, ld, k, kc, n, cols, block);
-                const bool below = down && k + kc < K;  // where the next block is
+                pack_block<layout>(B, ld, k, kc, n, cols, block);
+                const bool below = down && k + kc < K;  // the next block's place
                 const int next_k = below ? k + kc : down ? 0 : k, next_n = below ? n : n + NR;
                 if (layout == ROWS)
                     all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_k * ld + next_n, ld,
@@ -178,8 +179,8 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
                 finish(m, n, cols, row);
             }
         };
-        // Threads take a few panels at a time: one may be slowed down by what else the machine
-        // does. A second block of rows finds the panels in the cache.
+        // Threads take a few panels at a time, because other processes may slow one of them down.
+        // The next block of rows finds these panels in the cache.
         const int group = std::max(1, std::min(8, panels / (4 * omp_get_num_threads())));
         #pragma omp for schedule(dynamic) nowait
         for (int first = 0; first < panels; first += group) {
@@ -198,7 +199,7 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
     }
 }
 
-// B in the order of PACKED; `to` holds K * N numbers, N rounded up to a multiple of NR.
+// B in the layout PACKED; `to` holds K * N numbers, N rounded up to a multiple of NR.
 template <Layout layout>
 static void pack(int N, int K, const float* B, float* to) {
     const int panels = (N + NR - 1) / NR, ld = layout == ROWS ? N : K;
@@ -206,7 +207,8 @@ static void pack(int N, int K, const float* B, float* to) {
     for (int panel = 0; panel < panels; panel++)
         for (int k = 0; k < K; k += KC) {
             const int kc = std::min(KC, K - k), n = panel * NR;
-            bring<layout>(B, ld, k, kc, n, std::min(NR, N - n), to + ((int64_t)panel * K + k) * NR);
+            pack_block<layout>(B, ld, k, kc, n, std::min(NR, N - n),
+                               to + ((int64_t)panel * K + k) * NR);
         }
 }
 

@@ -1,5 +1,5 @@
 // Sums over the depth of a head, in vectors of 8 numbers. Without them, the compiler vectorises
-// across heads or positions, whose numbers do not lie side by side in memory.
+// across heads or positions, whose numbers are not adjacent in memory.
 
 #include <cstring>
 

@@ -15,48 +15,31 @@ from runtime.formats import read_lines
 Number = TypeVar("Number", int, float)
 
 
-def at_least(least: float, kind: Callable[[str], Number] = int) -> Callable[[str], Number]:
-    """An argparse type: a finite number of ``kind`` that is not below ``least``."""
-
+def _checked(kind: Callable[[str], Number], accepts: Callable[[Number], bool],
+             wanted: str) -> Callable[[str], Number]:
     def parse(text: str) -> Number:
         value = kind(text)
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        if value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
     parse.__name__ = kind.__name__  # argparse prints it: "invalid int value: ..."
     return parse
 
 
+def at_least(least: float, kind: Callable[[str], Number] = int) -> Callable[[str], Number]:
+    """An argparse type: a finite number of ``kind`` from ``least`` on."""
+    return _checked(kind, lambda value: least <= value < math.inf,
+                    f"a finite number from {least} on")
+
+
 def between(least: float, most: float) -> Callable[[str], float]:
     """An argparse type: a number from ``least`` to ``most``, both included."""
-
-    def parse(text: str) -> float:
-        value = float(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{least}, {most}]")
-        return value
-
-    parse.__name__ = "float"
-    return parse
+    return _checked(float, lambda value: least <= value <= most, f"in [{least}, {most}]")
 
 
-def seed(text: str) -> int:
-    """An argparse type: a seed that every random generator accepts."""
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2**31)")
-    return value
-
-
-def share(text: str) -> float:
-    """An argparse type: a number in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
+seed = _checked(int, lambda value: 0 <= value < 2**31, "in [0, 2**31)")
+share = _checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:

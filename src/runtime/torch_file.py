@@ -1,17 +1,17 @@
 """PyTorch's checkpoint files (``.pt``, ``.bin``) without PyTorch: nested dicts of NumPy arrays.
 
 A checkpoint is a pickle of its structure plus the raw bytes of its tensors, either in a zip
-archive (PyTorch >= 1.6) or one after the other in a plain file (the legacy format). Python's own
-unpickler trusts its input: it calls what the file names, and takes as much memory as it says. So
-the structure is read by an interpreter of our own that knows tensors and plain containers only,
-and sizes are held against the file's before anything is allocated.
+archive (PyTorch >= 1.6) or one after the other in a plain file (the legacy format). A pickle can
+call any function and ask for any amount of memory. Therefore Python's unpickler is restricted here
+to the opcodes of plain containers, it finds no function but our stand-ins for PyTorch's, and sizes
+are compared with the file's before memory is allocated.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import pickletools
+import pickle
 import struct
 import zipfile
 from collections import OrderedDict
@@ -34,7 +34,7 @@ STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2",
 class TorchFileError(ValueError):
     """The file is damaged, is no PyTorch checkpoint, or holds what we refuse to open."""
 
-    def __init__(self, message: str):  # which may quote the file: one line, no control characters
+    def __init__(self, message: str):  # may quote the file: no line breaks, no control characters
         super().__init__("".join(c if c.isprintable() else "?" for c in message[:300]))
 
 
@@ -53,7 +53,7 @@ def load(path: str | os.PathLike) -> object:
             return value
         except TorchFileError:
             raise
-        except Exception as error:  # a damaged file fails in any way it likes
+        except Exception as error:  # what a damaged file raises can be anything
             reason = str(error) or type(error).__name__
             raise TorchFileError(f"damaged, or no PyTorch checkpoint ({reason:.100})") from None
 
@@ -91,29 +91,28 @@ def _load_zip(file: IO[bytes], size: int) -> object:
             return archive.read(info)
 
         structure = io.BytesIO(read(pickles[0], STRUCTURE_LIMIT))
-        return _Unpickler(size, read_storage).load(structure)
+        return _Unpickler(structure, size, read_storage).load()
 
 
 def _load_legacy(file: IO[bytes], size: int) -> object:
     def refuse(*_):
         raise TorchFileError("tensor data where none belongs")
 
-    plain = _Unpickler(size, refuse)
     head = io.BytesIO(file.read(STRUCTURE_LIMIT))
-    if plain.load(head) != LEGACY_MAGIC:
+    if _Unpickler(head, size, refuse).load() != LEGACY_MAGIC:
         raise TorchFileError("no PyTorch checkpoint")
-    plain.load(head)  # protocol version
-    plain.load(head)  # sizes of C types, byte order
-    # The structure comes before the bytes: reading it twice, first to learn which storages there
-    # are, is simpler than filling tensors in afterwards.
+    for _ in ("protocol version", "sizes of C types, byte order"):
+        _Unpickler(head, size, refuse).load()
+    # The bytes come after the structure, which is therefore read twice: first to learn which
+    # storages there are, then with their bytes.
     begin, sizes = head.tell(), {}
 
     def note_size(key: str, count: int) -> bytes:
         sizes[key] = count
         return bytes(count)
 
-    _Unpickler(size, note_size).load(head)
-    keys = plain.load(head)
+    _Unpickler(head, size, note_size).load()
+    keys = _Unpickler(head, size, refuse).load()
     file.seek(head.tell())
     data = {}
     for key in keys:
@@ -126,7 +125,7 @@ def _load_legacy(file: IO[bytes], size: int) -> object:
     if data.keys() != sizes.keys():
         raise TorchFileError("tensor data is missing")
     head.seek(begin)
-    return _Unpickler(size, lambda key, count: data[key]).load(head)
+    return _Unpickler(head, size, lambda key, count: data[key]).load()
 
 
 def _check_depth(value: object) -> None:
@@ -141,27 +140,20 @@ def _check_depth(value: object) -> None:
     raise TorchFileError(f"refused: more than {DEPTH_LIMIT} containers in each other")
 
 
-class _Global:
-    """A function or class that a pickle names; one of those below is all that it may be."""
-
-    def __init__(self, module: object, name: object):
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise TorchFileError("damaged: it asks for what has no name")
-        self.name = f"{module}.{name}"
-        self.storage = STORAGES.get(name) if module == "torch" else None
-        if self.storage is None and self.name not in CALLABLE:
-            raise TorchFileError(f"refused: it asks for {self.name}, which is no tensor and no "
-                                 "plain container")
-
-
+# Dotted names that a pickle may ask for, and what they stand for here; storage classes besides.
 ORDERED_DICT = "collections.OrderedDict"
 REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
 REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
-CALLABLE = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_PARAMETER}
-_MARK = object()
+# The opcodes of plain containers, strings, numbers and the memo. Python's pickle would also set
+# attributes, build sets, make instances and look up extensions.
+OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2
+    LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES
+    BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 PUT BINPUT LONG_BINPUT MEMOIZE GET
+    BINGET LONG_BINGET EMPTY_DICT EMPTY_LIST EMPTY_TUPLE LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND
+    APPENDS GLOBAL STACK_GLOBAL BINPERSID"""
 
 
-class _Unpickler:
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one written in Python
     """Reads pickles of tensors and plain containers.
 
     ``read_storage(key, size)`` gives the ``size`` bytes of a storage. All storages together are no
@@ -169,77 +161,35 @@ class _Unpickler:
     however often they show the same bytes.
     """
 
-    def __init__(self, file_size: int, read_storage: Callable[[str, int], bytes]):
-        self.read_storage, self.storages = read_storage, {}
+    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[  # type: ignore[attr-defined]
+        getattr(pickle, name)[0]] for name in OPCODES.split()}
+
+    def __init__(self, file: io.BytesIO, file_size: int, read_storage: Callable[[str, int], bytes]):
+        super().__init__(file)
+        self.read_storage = read_storage
+        self.storages: dict[str, tuple[str, np.ndarray]] = {}
         self.storage_room, self.tensor_room = file_size, 8 * file_size + (1 << 20)
 
-    def load(self, file: io.BytesIO) -> object:
-        """The value of the pickle that begins at the file's position, which moves past it."""
-        stack, memo = [], {}
-        for opcode, argument, _ in pickletools.genops(file):
-            name = opcode.name
-            if name == "STOP":
-                return _pop(stack, 1)[0]
-            if name in ("PROTO", "FRAME"):
-                pass
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            elif name in _LITERALS:
-                stack.append(argument)
-            elif name == "MARK":
-                stack.append(_MARK)
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif name == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif name == "POP":
-                stack.pop()
-            elif name == "POP_MARK":
-                _pop_mark(stack)
-            elif name in _EMPTY:
-                stack.append(_EMPTY[name]())
-            elif name in ("LIST", "TUPLE"):
-                stack.append(_EMPTY[f"EMPTY_{name}"](_pop_mark(stack)))
-            elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                stack.append(tuple(_pop(stack, int(name[-1]))))
-            elif name == "DICT":
-                stack.append(_fill({}, _pop_mark(stack)))
-            elif name == "APPEND":
-                _extend(stack, _pop(stack, 1))
-            elif name == "APPENDS":
-                _extend(stack, _pop_mark(stack))
-            elif name == "SETITEM":
-                _fill(stack[-3], _pop(stack, 2))
-            elif name == "SETITEMS":
-                items = _pop_mark(stack)
-                _fill(stack[-1], items)
-            elif name == "GLOBAL":
-                stack.append(_Global(*argument.split(" ", 1)))
-            elif name == "STACK_GLOBAL":
-                stack.append(_Global(*_pop(stack, 2)))
-            elif name == "BINPERSID":
-                stack.append(self._storage(stack.pop()))
-            elif name == "REDUCE":
-                function, arguments = _pop(stack, 2)
-                stack.append(self._call(function, arguments))
-            elif name == "BUILD":  # attributes of a dict, such as a state dict's _metadata
-                _, target = stack.pop(), stack[-1]
-                if not isinstance(target, OrderedDict):
-                    raise TorchFileError("refused: it changes what is no plain container")
-            else:
-                raise TorchFileError(f"refused: it uses {name}, which no checkpoint needs")
-        raise TorchFileError("damaged, or no PyTorch checkpoint")
+    def find_class(self, module: object, name: object) -> object:
+        """What the pickle calls ``module.name``; for a storage class, the type of its numbers."""
+        known = {ORDERED_DICT: _ordered_dict, REBUILD_TENSOR: self._tensor,
+                 REBUILD_PARAMETER: _parameter}
+        if module == "torch" and name in STORAGES:
+            return STORAGES[str(name)]
+        if f"{module}.{name}" not in known:
+            raise TorchFileError(f"refused: it asks for {module}.{name}, which is no tensor and no "
+                                 "plain container")
+        return known[f"{module}.{name}"]
 
-    def _storage(self, pid: object) -> np.ndarray:
+    def persistent_load(self, pid: object) -> np.ndarray:
+        """The numbers of the storage that ``pid`` describes, all of them in one dimension."""
         if not isinstance(pid, tuple) or len(pid) < 5:
             raise TorchFileError("malformed tensor data")
-        kind, storage, key, _location, count = pid[:5]
-        if kind != "storage" or not isinstance(storage, _Global) or storage.storage is None \
-                or type(count) is not int or count < 0 or type(key) not in (str, int):
+        kind, dtype, key, _location, count = pid[:5]
+        if kind != "storage" or dtype not in STORAGES.values() or type(count) is not int \
+                or count < 0 or type(key) not in (str, int):
             raise TorchFileError("malformed tensor data")
-        key, dtype = str(key), storage.storage
+        key = str(key)
         if key not in self.storages:
             size = count * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize)
             self.storage_room -= size
@@ -251,59 +201,55 @@ class _Unpickler:
             raise TorchFileError(f"tensor data {key} is of two kinds")
         return array
 
-    def _call(self, function: object, arguments: object) -> object:
-        name = function.name if isinstance(function, _Global) else ""
-        if not isinstance(arguments, tuple):
+    def _tensor(self, storage, offset, shape, stride, *_) -> np.ndarray:
+        tensor = _rebuild_tensor(storage, offset, shape, stride)
+        self.tensor_room -= tensor.nbytes
+        if self.tensor_room < 0:
+            raise TorchFileError("refused: its tensors are much larger than the file")
+        return tensor
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        _fill(self.stack[-1], items)
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _fill(self.stack[-1], [key, value])
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_fill({}, items))
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_reduce(self) -> None:
+        if not isinstance(self.stack[-1], tuple):
             raise TorchFileError("refused: a call without arguments")
-        if name == ORDERED_DICT and not arguments:
-            return OrderedDict()
-        if name == ORDERED_DICT and len(arguments) == 1 and isinstance(arguments[0], list):
-            return _fill(OrderedDict(), [part for key, value in arguments[0]
-                                         for part in (key, value)])
-        if name == REBUILD_PARAMETER and arguments and isinstance(arguments[0], np.ndarray):
-            return arguments[0]
-        if name == REBUILD_TENSOR and len(arguments) >= 4:
-            tensor = _rebuild_tensor(*arguments[:4])
-            self.tensor_room -= tensor.nbytes
-            if self.tensor_room < 0:
-                raise TorchFileError("refused: its tensors are much larger than the file")
-            return tensor
-        raise TorchFileError(f"refused: it calls {name or 'what is no function'} in a way no "
-                             "checkpoint does")
+        pickle._Unpickler.load_reduce(self)  # type: ignore[attr-defined]
+    dispatch[pickle.REDUCE[0]] = load_reduce
+
+    def load_build(self) -> None:  # attributes of a dict, such as a state dict's _metadata
+        self.stack.pop()
+        if not isinstance(self.stack[-1], OrderedDict):
+            raise TorchFileError("refused: it changes what is no plain container")
+    dispatch[pickle.BUILD[0]] = load_build
 
 
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-             "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-             "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+def _ordered_dict(pairs: list = []) -> dict:  # noqa: B006  # never changed
+    return _fill(OrderedDict(), [part for key, value in pairs for part in (key, value)])
 
 
-def _pop(stack: list, count: int) -> list:
-    if len(stack) < count or any(item is _MARK for item in stack[-count:]):
-        raise TorchFileError("damaged: its structure ends within itself")
-    items = stack[-count:]
-    del stack[-count:]
-    return items
-
-
-def _pop_mark(stack: list) -> list:
-    items = []
-    while (item := stack.pop()) is not _MARK:
-        items.append(item)
-    return items[::-1]
-
-
-def _extend(stack: list, items: list) -> None:
-    if not isinstance(stack[-1], list):
-        raise TorchFileError("damaged: it appends to what is no list")
-    stack[-1].extend(items)
+def _parameter(tensor: object, *_) -> np.ndarray:
+    if not isinstance(tensor, np.ndarray):
+        raise TorchFileError("malformed parameter")
+    return tensor
 
 
 def _fill(target: object, items: list) -> dict:
-    """Puts keys and values, one after the other, into a dict."""
+    """Puts keys and values, alternating in ``items``, into a dict."""
     keys, values = items[::2], items[1::2]
-    # Hashing anything but plain keys could take for ever: tuples nest.
+    # Only plain keys: to hash a tuple of nested tuples can take for ever.
     if not isinstance(target, dict) or len(keys) != len(values) \
             or not all(isinstance(key, (str, int, float, bytes)) for key in keys):
         raise TorchFileError("damaged: a dict with keys that are no plain names")

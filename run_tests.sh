@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up whatever is needed, then runs ruff and pytest: `bash run_tests.sh [PYTEST_ARGUMENT...]`.
-# Exit code 0 only if both are content.
+# Installs what is needed, then runs the linters and pytest: `bash run_tests.sh [PYTEST_ARGUMENT...]`.
+# `-m "not slow"` leaves out the tests that take long. Exit code 0 only if all of them pass.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -9,6 +9,15 @@ setup_install_packages "a few minutes, PyTorch is among them" requirement-test.t
 python vocab/download_vocab.py vocab
 
 failed=0
-python -m ruff check . || failed=1
-python -m pytest "$@" || failed=1
+check() {  # COMMAND...
+    "$@" || failed=1
+}
+mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
+mapfile -t english < <(git ls-files ':!*.cn.md' ':!*/results/*')
+check python -m ruff check .
+check codespell "${english[@]}"
+check shellcheck -x "${scripts[@]}"
+check clang-format --dry-run --Werror src/ops/*.h src/ops/*.cuh
+check python -m mypy
+check python -m pytest "$@"
 exit "$failed"

@@ -24,15 +24,15 @@ WORDS = {
                   "BLEU: PyTorch", "Jittor", "CIDEr: PyTorch", "Jittor"],
         "of": "of", "size": "batch size"},
     "cn": {
-        "strict": ["严格模式", "步数", "损失最大差", "LoRA 矩阵最大相对差", "相同的 token id",
+        "strict": ["严格对齐", "步数", "loss 最大差", "LoRA 矩阵最大相对差", "相同的 token id",
                    "BLEU，PyTorch / Jittor"],
-        "paper": ["带 dropout", "种子数", "末十分之一的损失：PyTorch", "Jittor",
+        "paper": ["带 dropout", "种子数", "最后 10% 步的平均 loss：PyTorch", "Jittor",
                   "BLEU：PyTorch", "Jittor", "CIDEr：PyTorch", "Jittor"],
-        "of": "/", "size": "批大小"},
+        "of": "/", "size": "batch size"},
 }
 # document -> (folder of the results as seen from it, language)
 DOCUMENTS = {"README.md": ("align/results", "en"), "README.cn.md": ("align/results", "cn"),
-             "align/README.md": ("results", "en")}
+             "align/README.md": ("results", "en"), "align/README.cn.md": ("results", "cn")}
 
 
 def publish(root: Path) -> None:

@@ -136,7 +136,7 @@ class _Beams:
         length.
         """
         norm = max(self.norms[len(history)], self.norms[-1])
-        return score > -np.inf and score * (1 - ROUNDING) / norm > self.best_score[sample]
+        return bool(score > -np.inf and score * (1 - ROUNDING) / norm > self.best_score[sample])
 
     def last_tokens(self) -> np.ndarray:
         """The newest token of each row (R,)."""

@@ -33,10 +33,7 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            raw = _read_safetensors(path)
-        else:
-            raw = torch_file.load(path)
+        raw = (_read_safetensors if path.suffix == ".safetensors" else torch_file.load)(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; GPT-2's come with "
                          "bash download_pretrained_checkpoints.sh") from None
@@ -51,7 +48,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
             isinstance(key, str) and isinstance(value, np.ndarray) for key, value in raw.items()):
         raise InputError(f"{path}: holds no named weights; give a file of GPT-2 or of this program")
 
-    weights, head = {}, None
+    weights: dict[str, np.ndarray] = {}
+    head = None
     for key, value in raw.items():
         name = parameter_name(key)
         if name in HEAD_NAMES:

@@ -47,7 +47,7 @@ def draw(examples: list[dict], n: int, seed: int) -> list[dict]:
     if n > distinct:
         raise ValueError(f"{n} different meaning representations wanted, there are {distinct}")
     rng = random.Random(seed)
-    drawn = {}
+    drawn: dict[str, dict] = {}
     while len(drawn) < n:
         example = rng.choice(examples)
         drawn.setdefault(example["context"], example)

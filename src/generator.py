@@ -82,7 +82,7 @@ class KeyValueCache:
         # of generated tokens, see ops.beam_attention.
         self.prefixes: list = [None] * n_layer
         self.stores: list = [None] * n_layer
-        self.logits: jt.Var | None = None  # of the newest step
+        self.logits: jt.Var  # of the newest step
 
     @property
     def positions(self) -> np.ndarray:
@@ -101,7 +101,7 @@ class KeyValueCache:
     def read(self, layer: int, qkv: jt.Var) -> jt.Var:
         """Attention within the queries, one behind the other: qkv (P, 3, H, D) -> (P, H, D)."""
         self.prefixes[layer] = qkv
-        return ops.causal_attention(qkv, self.query_len)
+        return ops.causal_attention(qkv, list(self.query_len))
 
     def attend(self, layer: int, qkv: jt.Var) -> jt.Var:
         """Attention of one new token a row: qkv (R, 3, H, D) -> (R, H, D)."""

@@ -117,7 +117,7 @@ def main() -> None:
                 file.write(f"{json.dumps({'id': i, 'predict': ids})}\n".encode("utf-8"))
     took = time.perf_counter() - started
     log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
-            f"{len(queries) / took:.2f} samples/s; saved {output}")
+        f"{len(queries) / took:.2f} samples/s; saved {output}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def group_references(path: str, records: list[dict], keys: list[Hashable],
     ``wanted`` is all, seen (records whose "cate" is true) or unseen (false). Raises InputError for
     a completion without text, and if no record is wanted.
     """
-    groups = {}
+    groups: dict[Hashable, Group] = {}
     for line, (record, key) in enumerate(zip(records, keys), start=1):
         if wanted != "all" and record["cate"] != (wanted == "seen"):
             continue
@@ -172,7 +172,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    fields = {"context": str, "completion": str}
+    fields: dict[str, type] = {"context": str, "completion": str}
     if args.filter != "all":
         fields["cate"] = bool
     records = read_jsonl(args.input_file, fields,
@@ -190,7 +190,7 @@ def main() -> None:
     def finish(text: str) -> str:
         return post_process(text, args.tokenize, args.lower)
 
-    predictions = [finish(group.prediction) for group in groups.values()]
+    predictions = [finish(group.prediction or "") for group in groups.values()]
     references = [[finish(text) for text in group.references] for group in groups.values()]
     files = reference_files(args.output_ref_file, args.ref_type, args.ref_num, references)
     pred_file = Path(args.output_pred_file)
@@ -199,7 +199,7 @@ def main() -> None:
                          "--output_pred_file another name")
     write_together({**files, pred_file: predictions})
     log(f"{args.output_pred_file}: {len(predictions)} predictions; {args.output_ref_file}: "
-            f"{sum(map(len, references))} references")
+        f"{sum(map(len, references))} references")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ class GPT2LMModel(nn.Module):
         rows = np.flatnonzero(mask) if mask.any() else np.zeros(1, np.int64)  # (M,)
         hidden = self.transformer(
             int32(input_ids), int32(positions),
-            lambda layer, qkv: ops.causal_attention(qkv, lengths), int32(rows))  # (M, C)
+            lambda layer, qkv: ops.causal_attention(qkv, list(lengths)), int32(rows))  # (M, C)
         losses = ops.cross_entropy(self.logits(hidden), int32(target[rows]), label_smooth)  # (M,)
         weights = mask[rows].astype(np.float32)  # (M,)
         return (losses * jt.array(weights)).sum() / float(mask.sum() + 0.0001)

@@ -87,9 +87,7 @@ class RunLog:
             draw_losses(self.work_dir / "loss.png", self.rows)
 
     def _row(self, values: tuple) -> None:
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(values)
-        self._buffer += text.getvalue()
+        self._buffer += ",".join(map(str, values)) + "\n"
 
     def _flush(self) -> None:
         self._append(self._metrics, self._buffer)

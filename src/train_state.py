@@ -122,21 +122,18 @@ def read(path: Path) -> TrainState:
         raw = torch_file.load(path)
         about = json.loads(raw["about"])
         settings, counters = dict(about["settings"]), Counters(**about["counters"])
-        fills = about["train_fill"], about["valid_fill"]
-        tables = [raw[key] for key in ("model_state_dict", "m", "v", "gradients")]
+        train_fill, valid_fill = about["train_fill"], about["valid_fill"]
+        weights, m, v, gradients = (raw[key] for key in ("model_state_dict", "m", "v", "gradients"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; check its "
                          "permissions") from None
     except (torch_file.TorchFileError, LookupError, TypeError, ValueError, RecursionError) as error:
         refused = f": {error}" if isinstance(error, torch_file.TorchFileError) else ""
         raise InputError(f"{path}: no state of a training run{refused}; remove it") from None
-    if not _well_typed(counters) or not all(
-            _is_fill(states, settings.get("np")) for states in fills) or not all(
-            isinstance(table, dict) and all(
-                isinstance(array, np.ndarray) and array.dtype == np.float32
-                for array in table.values()) for table in tables):
+    if not _well_typed(counters) or not all(map(_is_table, (weights, m, v, gradients))) \
+            or not all(_is_fill(states, settings.get("np")) for states in (train_fill, valid_fill)):
         raise InputError(f"{path}: no state of a training run; remove it")
-    return TrainState(path, settings, counters, *tables, *fills)
+    return TrainState(path, settings, counters, weights, m, v, gradients, train_fill, valid_fill)
 
 
 def _well_typed(counters: Counters) -> bool:
@@ -145,6 +142,12 @@ def _well_typed(counters: Counters) -> bool:
              *counters.log_sizes)
     return all(isinstance(value, type(fields[name])) for name, value in asdict(Counters()).items()
                ) and all(type(n) is int and n >= 0 for n in whole) and len(counters.log_sizes) == 2
+
+
+def _is_table(table: object) -> bool:
+    """Whether this is a dict of float32 arrays."""
+    return isinstance(table, dict) and all(
+        isinstance(array, np.ndarray) and array.dtype == np.float32 for array in table.values())
 
 
 def _is_fill(states: object, world_size: object) -> bool:

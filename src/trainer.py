@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -134,7 +133,7 @@ class TrainingRun:
         self.options, self.say = options, say
         self.counters = Counters()
         self.writes = processes.rank() == 0
-        self.only_lora = trainer.model.lora_config.r > 0  # trains, and is saved before the end
+        self.only_lora = trainer.model.lora_config.r > 0  # only LoRA trains
 
     def run(self, state: TrainState | None = None,
             stop_requested: Callable[[], bool] = lambda: False,
@@ -188,21 +187,17 @@ class TrainingRun:
 
     def _micro_batches(self) -> Iterator[tuple[int, int, Batch]]:
         """(epoch, number in it, batch) of the steps that are left; the numbers begin at 1."""
-        seed, max_epoch = self.trainer.options.seed, self.options.max_epoch
-        rank, world_size = processes.rank(), processes.world_size()
-        epochs, first = divmod(self.trainer.steps, self.train_data.full_batches(world_size))
-
-        def batches() -> Iterator[tuple[int, int, Batch]]:
-            begin = first
-            for epoch in itertools.count(epochs + 1):
-                if max_epoch is not None and epoch > max_epoch:
+        trainer, data, world_size = self.trainer, self.train_data, processes.world_size()
+        epochs, first = divmod(trainer.steps, data.full_batches(world_size))
+        last_epoch = self.options.max_epoch or self.options.max_step  # each has a step at least
+        for epoch in range(epochs + 1, last_epoch + 1):
+            batches = data.batches(trainer.options.seed, epoch, processes.rank(), world_size,
+                                   drop_last=True, first=first)
+            for index, batch in enumerate(batches, start=first + 1):
+                yield epoch, index, batch
+                if trainer.steps == self.options.max_step:
                     return
-                for index, batch in enumerate(self.train_data.batches(
-                        seed, epoch, rank, world_size, drop_last=True, first=begin)):
-                    yield epoch, begin + index + 1, batch
-                begin = 0
-
-        return itertools.islice(batches(), self.options.max_step - self.trainer.steps)
+            first = 0
 
     def _step(self, batch: Batch) -> float:
         try:
@@ -228,7 +223,7 @@ class TrainingRun:
         loss = self.trainer.evaluate(self.valid_data)
         if _ppl(loss) < self.counters.best_ppl:
             self.counters.best_ppl = _ppl(loss)
-            self._save("model.best.pt", whole=not self.only_lora)
+            self._save("model.best.pt")
         self.log.line(f"| Eval {step // self.options.eval_interval:3d} at step {step:>8d} | "
                       f"time: {time.perf_counter() - started:5.2f}s | valid loss {loss:5.2f} | "
                       f"valid ppl {_ppl(loss):5.2f} | best ppl {self.counters.best_ppl:5.2f} ")
@@ -237,17 +232,19 @@ class TrainingRun:
     def _save_checkpoint(self) -> None:
         """Saves model.STEP.pt and removes the oldest beyond the last ``keep_last`` of them."""
         steps, keep = self.counters.checkpoints, self.options.keep_last
-        self._save(f"model.{self.trainer.steps}.pt", whole=not self.only_lora)
+        self._save(f"model.{self.trainer.steps}.pt")
         steps.append(self.trainer.steps)
         while keep is not None and len(steps) > keep:
             oldest = self.options.work_dir / f"model.{steps.pop(0)}.pt"
             if self.writes:
                 oldest.unlink(missing_ok=True)
 
-    def _save(self, name: str, whole: bool) -> Path:
+    def _save(self, name: str, whole: bool = False) -> Path:
+        """Saves what trains or, if ``whole``, every weight."""
         path = self.options.work_dir / name
         if self.writes:
-            (checkpoint.save_model if whole else checkpoint.save_lora)(self.trainer.model, path)
+            save = checkpoint.save_lora if self.only_lora and not whole else checkpoint.save_model
+            save(self.trainer.model, path)
         return path
 
     def _save_state(self) -> None:

@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("java") is None, reason="scores need Java"),
 ]
 
+DOCUMENTS = ("README.md", "README.cn.md", "align/README.md", "align/README.cn.md")
 STEPS, INPUTS = 60, 8
 # The demo's texts with the experiment's flags, but a learning rate at which 60 steps move weights.
 FLAGS = ["--strict", "--card", "gpt2.nano", "--base", "random", "--steps", STEPS, "--inputs",
@@ -148,7 +149,7 @@ def test_table_of_all_runs(root, run, tmp_path):
         paper["seeds"][seed]["scores"]["jittor"]["BLEU"] = bleu
     (tmp_path / "align/results/dropout").mkdir()
     (tmp_path / "align/results/dropout/results.json").write_text(json.dumps(paper))
-    documents = [tmp_path / name for name in ("README.md", "README.cn.md", "align/README.md")]
+    documents = [tmp_path / name for name in DOCUMENTS]
     for path in documents:
         path.write_text("before\n<!-- align: written by align/run.sh -->\nold\n"
                         "<!-- align: end -->\nafter\n")
@@ -170,7 +171,7 @@ def test_table_of_all_runs(root, run, tmp_path):
 
 
 def test_documents_have_a_place_for_the_results(root):
-    for name in ("README.md", "README.cn.md", "align/README.md"):
+    for name in DOCUMENTS:
         text = (root / name).read_text()
         assert text.count("<!-- align: written by align/run.sh -->\n") == 1
         assert text.count("<!-- align: end -->") == 1

@@ -88,8 +88,7 @@ def _prepare_environment(nvcc: str | None) -> None:
     # An empty nvcc_path gives a CPU build even if an nvcc is installed on a machine without a GPU.
     os.environ["nvcc_path"] = nvcc or ""
     # Jittor looks for pythonX.Y-config beside sys.executable; a virtual environment has none there.
-    config = "python%d.%d-config" % sys.version_info[:2]
-    config = Path(sys.executable).resolve().with_name(config)
+    config = Path(sys.executable).resolve().with_name("python%d.%d-config" % sys.version_info[:2])
     if config.is_file():
         os.environ.setdefault("python_config_path", str(config))
     _prepare_mpi()
@@ -123,7 +122,7 @@ def _provide_onednn() -> bool:
     place = Path(jittor_utils.home(), ".cache", "jittor", "mkl", ONEDNN_FOLDER)
     if (place / "lib" / "libmkldnn.so").is_file() and (place / "include" / "dnnl.hpp").is_file():
         return True
-    files = {}
+    files: dict[str, Path] = {}
     for wheel in ONEDNN_WHEELS:
         try:
             distribution = importlib.metadata.distribution(wheel)
@@ -132,7 +131,7 @@ def _provide_onednn() -> bool:
                 "pip install -r requirement.txt")
             return False
         for file in distribution.files or ():
-            files.setdefault(file.name, Path(distribution.locate_file(file)).resolve())
+            files.setdefault(file.name, Path(str(distribution.locate_file(file))).resolve())
     links = {place / "include": files["dnnl.hpp"].parent}
     for name in ("libdnnl.so", "libdnnl.so.2", "libmkldnn.so"):
         links[place / "lib" / name] = files["libdnnl.so.2"]

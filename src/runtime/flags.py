@@ -58,8 +58,8 @@ def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:
     ini = configparser.ConfigParser(allow_no_value=True, interpolation=None)
     try:
         ini.read_string("\n".join(read_lines(path)), source=str(path))
-    except configparser.Error as error:
-        line = getattr(error, "lineno", None) or error.errors[0][0]  # ParsingError has a list
+    except configparser.ParsingError as error:
+        line = getattr(error, "lineno", None) or error.errors[0][0]
         raise InputError(f"{path}:{line}: not a [section], nor 'flag = value' of a new flag in "
                          "one; see src/experiments/e2e.ini") from None
     if section not in ini:

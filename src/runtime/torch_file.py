@@ -16,7 +16,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Callable
+from typing import IO, Any, Callable
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class TorchFileError(ValueError):
         super().__init__("".join(c if c.isprintable() else "?" for c in message[:300]))
 
 
-def load(path: str | os.PathLike) -> object:
+def load(path: str | os.PathLike) -> Any:
     """What ``torch.save`` wrote to ``path``, its tensors as NumPy arrays of their shapes.
 
     bfloat16 tensors become float32. Raises TorchFileError, and OSError if it cannot be read.
@@ -129,7 +129,8 @@ def _load_legacy(file: IO[bytes], size: int) -> object:
 
 
 def _check_depth(value: object) -> None:
-    level, seen = [value], set()
+    level: list = [value]
+    seen: set[int] = set()
     for _ in range(DEPTH_LIMIT):
         seen.update(map(id, level))
         inner = [item for container in level if isinstance(container, (dict, list, tuple))
@@ -153,7 +154,10 @@ OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT
     APPENDS GLOBAL STACK_GLOBAL BINPERSID"""
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one written in Python
+PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one not in C
+
+
+class _Unpickler(PythonUnpickler):
     """Reads pickles of tensors and plain containers.
 
     ``read_storage(key, size)`` gives the ``size`` bytes of a storage. All storages together are no
@@ -161,8 +165,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one wr
     however often they show the same bytes.
     """
 
-    dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[  # type: ignore[attr-defined]
-        getattr(pickle, name)[0]] for name in OPCODES.split()}
+    dispatch = {code: PythonUnpickler.dispatch[code]
+                for code in (getattr(pickle, name)[0] for name in OPCODES.split())}
 
     def __init__(self, file: io.BytesIO, file_size: int, read_storage: Callable[[str, int], bytes]):
         super().__init__(file)
@@ -226,7 +230,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]  # the one wr
     def load_reduce(self) -> None:
         if not isinstance(self.stack[-1], tuple):
             raise TorchFileError("refused: a call without arguments")
-        pickle._Unpickler.load_reduce(self)  # type: ignore[attr-defined]
+        super().load_reduce()
     dispatch[pickle.REDUCE[0]] = load_reduce
 
     def load_build(self) -> None:  # attributes of a dict, such as a state dict's _metadata
@@ -264,8 +268,7 @@ def to_array(data: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype)
 
 
-def _rebuild_tensor(storage: object, offset: object, shape: object,
-                    stride: object) -> np.ndarray:
+def _rebuild_tensor(storage, offset, shape, stride) -> np.ndarray:
     if not isinstance(storage, np.ndarray) or not isinstance(shape, tuple) \
             or not isinstance(stride, tuple) \
             or not all(type(number) is int for number in (offset, *shape, *stride)):
@@ -299,7 +302,7 @@ def save(path: str | os.PathLike, state: dict) -> None:
         write("version", b"3\n")
 
 
-def _pickled(value: object, arrays: dict) -> bytes:
+def _pickled(value: Any, arrays: dict) -> bytes:
     """Protocol-2 opcodes for ``value``; Python's pickler cannot name classes of an absent torch."""
     if isinstance(value, dict):
         items = b"".join(_pickled(k, arrays) + _pickled(v, arrays) for k, v in value.items())

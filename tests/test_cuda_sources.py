@@ -86,15 +86,16 @@ def calls(jittor):
 
 
 def functions_of(text: str) -> dict[str, str]:
-    """The functions that a C++ or CUDA text defines for the CPU: {name: arguments}."""
-    found = re.findall(r"^(?:static|inline)[\w\s:<>*&]*?(\w+)\(([^)]*)\) \{", text, re.MULTILINE)
+    """The functions that a C++ text defines, or the kernels of a CUDA text: {name: arguments}."""
+    found = re.findall(r"^(?:template <.+> )?(?:__global__ )?static void (\w+)\(([^)]*)\) \{",
+                       text, re.MULTILINE)
     return {name: " ".join(arguments.split()) for name, arguments in found}
 
 
-def called_functions(calls: dict) -> set[str]:
-    """The names in front of the calls, such as ``f`` in ``f<64>(y, x);``."""
-    return {name for code in calls
-            for name in re.findall(r"^(\w+)(?:<.+>)?\(.*\);$", code, re.MULTILINE)}
+def launched_kernels(calls: dict) -> dict[str, str]:
+    """{name: arguments} of the launches, such as ``f<64><<<rows, THREADS>>>(y, x);``."""
+    return dict(found for code in calls
+                for found in re.findall(r"^(\w+)(?:<\d+>)?<<<.+>>>\((.+)\);$", code, re.MULTILINE))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -102,10 +103,11 @@ def test_c_and_cuda_take_the_same_arguments(calls, operator):
     from ops.native import text_of
 
     on_cpu, on_cuda = (functions_of(text_of(f"{operator}.{kind}")) for kind in ("h", "cuh"))
-    called = called_functions(calls[operator])
-    assert called
-    for name in called:
+    launched = launched_kernels(calls[operator])
+    assert launched and on_cuda.keys() == launched.keys()
+    for name, names in launched.items():
         assert on_cpu[name] == on_cuda[name]
+        assert re.findall(r"(\w+)(?:,|$)", on_cuda[name]) == names.split(", ")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -27,10 +27,9 @@ def ops(request, jittor):
 
     def emulated(*arguments, cuda_header=None, cuda_src=None, **on_cpu):
         if cuda_src:
-            launches = re.sub(r"(\w+(?:<\w+>)?)<<<(.+?),\s*(\w+)>>>\(", r"launch(\2, \3, \1, ",
-                              cuda_header, flags=re.DOTALL)
-            assert "<<<" not in launches
-            on_cpu.update(cpu_header=EMULATION + launches, cpu_src=cuda_src)
+            launch = re.sub(r"(\w+(?:<\w+>)?)<<<(.+), (\w+)>>>\(", r"launch(\2, \3, \1, ", cuda_src)
+            assert "<<<" not in launch
+            on_cpu.update(cpu_header=EMULATION + cuda_header, cpu_src=launch)
         return code(*arguments, **on_cpu)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,13 +1,11 @@
-// One update of AdamW. All arrays hold count numbers. rest1 and rest2 are 1 - beta1 and 1 - beta2,
-// which in single precision would lose digits. One thread updates one weight.
+// See adamw_update.h. One thread updates one weight.
 
 #include "block.cuh"
 
-__global__ static void adamw_update_kernel(float* new_weight, float* new_m, float* new_v,
-                                           const float* weight, const float* gradient,
-                                           const float* m, const float* v, int64_t count,
-                                           float beta1, float rest1, float beta2, float rest2,
-                                           float epsilon, float step_size, float decay) {
+__global__ static void adamw_update(float* new_weight, float* new_m, float* new_v,
+        const float* weight, const float* gradient, const float* m, const float* v, int64_t count,
+        float beta1, float rest1, float beta2, float rest2, float epsilon, float step_size,
+        float decay) {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
     const float g = gradient[i];
@@ -15,13 +13,4 @@ __global__ static void adamw_update_kernel(float* new_weight, float* new_m, floa
     const float v_i = new_v[i] = beta2 * v[i] + rest2 * g * g;
     const float moved = weight[i] - step_size * m_i / (sqrtf(v_i) + epsilon);
     new_weight[i] = moved - decay * moved;
-}
-
-static void adamw_update(float* new_weight, float* new_m, float* new_v, const float* weight,
-                         const float* gradient, const float* m, const float* v, int64_t count,
-                         float beta1, float rest1, float beta2, float rest2, float epsilon,
-                         float step_size, float decay) {
-    adamw_update_kernel<<<blocks_for(count), THREADS>>>(new_weight, new_m, new_v, weight, gradient,
-                                                        m, v, count, beta1, rest1, beta2, rest2,
-                                                        epsilon, step_size, decay);
 }

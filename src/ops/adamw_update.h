@@ -5,9 +5,8 @@
 #include <cstdint>
 
 static void adamw_update(float* new_weight, float* new_m, float* new_v, const float* weight,
-                         const float* gradient, const float* m, const float* v, int64_t count,
-                         float beta1, float rest1, float beta2, float rest2, float epsilon,
-                         float step_size, float decay) {
+        const float* gradient, const float* m, const float* v, int64_t count, float beta1,
+        float rest1, float beta2, float rest2, float epsilon, float step_size, float decay) {
     #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) {
         const float g = gradient[i];

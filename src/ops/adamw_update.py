@@ -19,12 +19,11 @@ def adamw_update(weight: jt.Var, gradient: jt.Var, m: jt.Var, v: jt.Var, *, beta
         return plain_adamw_update(weight, gradient, m, v, beta1=beta1, beta2=beta2,
                                   epsilon=epsilon, step_size=step_size, decay=decay)
     return tuple(run(
-        "adamw_update", "adamw_update(new_weight, new_m, new_v, weight, gradient, m, v, count, "
-        "beta1, rest1, beta2, rest2, epsilon, step_size, decay)",
+        "adamw_update", "adamw_update",
         {"new_weight": weight.shape, "new_m": weight.shape, "new_v": weight.shape},
-        {"weight": weight, "gradient": gradient, "m": m, "v": v}, count=weight.numel(),
-        beta1=beta1, rest1=1 - beta1, beta2=beta2, rest2=1 - beta2, epsilon=epsilon,
-        step_size=float(step_size), decay=float(decay)))
+        {"weight": weight, "gradient": gradient, "m": m, "v": v}, "blocks_for(count), THREADS",
+        count=weight.numel(), beta1=beta1, rest1=1 - beta1, beta2=beta2, rest2=1 - beta2,
+        epsilon=epsilon, step_size=float(step_size), decay=float(decay)))
 
 
 def plain_adamw_update(weight: jt.Var, gradient: jt.Var, m: jt.Var, v: jt.Var, *, beta1: float,

@@ -5,9 +5,7 @@
 // queries' tokens; spans: (rows, 2); ancestors: (steps, rows), for each step a row of the store,
 // which in the last step is the row itself.
 
-#include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -16,8 +14,8 @@
 typedef std::array<const float*, 4> Quartet;
 
 // scores[i] = scale * inner product of a (D) and b[i] + at (D); a is read once for all four.
-static inline void inner_four(float* scores, const float* a, const Quartet& b, int at, int D,
-                              float scale) {
+static inline void inner_four(
+        float* scores, const float* a, const Quartet& b, int at, int D, float scale) {
     Eight sums[4] = {};
     int d = 0;
     for (; d + 8 <= D; d += 8) {
@@ -55,107 +53,59 @@ static inline void add_four(float* y, const float* weights, const Quartet& from,
 // The first row of each block, then rows. A block is at most 4 neighbouring rows of one query: its
 // keys and values are read from memory once for all of them.
 static std::vector<int> blocks_of(const int* spans, int rows) {
-    std::vector<int> blocks;
-    for (int row = 0; row < rows; row++)
-        if (blocks.empty() || row - blocks.back() == 4 ||
-            spans[2 * row] != spans[2 * blocks.back()])
+    std::vector<int> blocks = {0};
+    for (int row = 1; row < rows; row++)
+        if (row - blocks.back() == 4 || spans[2 * row] != spans[2 * blocks.back()])
             blocks.push_back(row);
     blocks.push_back(rows);
     return blocks;
 }
 
-// The rows from to to - 1, and where their keys are. Keys and values are taken four at a time; to
-// make their number a multiple of 4, the last one is repeated, with a weight of 0.
-template <int D>
-struct Block {
-    const float *prefix, *store;  // the first of the query's tokens, the store
-    const int* ancestors;
-    int rows, heads, widest, from, to;
-    int seen, keys, padded;  // number of the query's tokens; of all keys; the latter rounded up
-
-    // The keys (heads, D) first to first + 3 of a row; the value of each is heads * D further.
-    Quartet quartet(int row, int first) const {
-        const int C = heads * D;
-        Quartet found;
-        for (int i = 0; i < 4; i++) {
-            const int j = std::min(first + i, keys - 1), step = j - seen;
-            if (step < 0)
-                found[i] = prefix + ((int64_t)j * 3 + 1) * C;
-            else
-                found[i] = store +
-                           ((int64_t)step * widest + ancestors[(int64_t)step * rows + row]) * 2 * C;
-        }
-        return found;
-    }
-    // The place of a row's key j in weights (to - from, heads, padded).
-    int64_t place(int row, int j) const { return (int64_t)(row - from) * heads * padded + j; }
-};
-
-template <int D>
-static void compute_scores(float* weights, const float* qkv, const Block<D>& block) {
-    const float scale = 1 / std::sqrt((float)D);
-    for (int j = 0; j < block.keys; j += 4)
-        for (int row = block.from; row < block.to; row++) {
-            const Quartet keys = block.quartet(row, j);
-            const float* q = qkv + (int64_t)row * 3 * block.heads * D;
-            float* scores = weights + block.place(row, j);
-            for (int h = 0; h < block.heads; h++)
-                inner_four(scores + h * block.padded, q + h * D, keys, h * D, D, scale);
-        }
-}
-
-// Softmax of the first n of `padded` numbers; the others become 0.
-static void softmax(float* w, int n, int padded) {
-    float high = -1e30f, sum = 0;
-    for (int j = 0; j < n; j++) high = std::max(high, w[j]);
-    for (int j = 0; j < n; j++) sum += w[j] = std::exp(w[j] - high);
-    for (int j = 0; j < n; j++) w[j] /= sum;
-    std::fill(w + n, w + padded, 0.f);
-}
-
-template <int D>
-static void sum_values(float* y, const float* weights, const Block<D>& block) {
-    const int C = block.heads * D;
-    std::fill_n(y + (int64_t)block.from * C, (int64_t)(block.to - block.from) * C, 0.f);
-    for (int j = 0; j < block.keys; j += 4)
-        for (int row = block.from; row < block.to; row++) {
-            const Quartet keys = block.quartet(row, j);
-            const float* w = weights + block.place(row, j);
-            for (int h = 0; h < block.heads; h++)
-                add_four(y + (int64_t)row * C + h * D, w + h * block.padded, keys, C + h * D, D);
-        }
-}
-
 template <int D>
 static void beam_attention(float* y, float* store, const float* qkv, const float* prefix,
-                           const int* spans, const int* ancestors, int rows, int heads, int widest,
-                           int steps) {
+        const int* spans, const int* ancestors, int rows, int heads, int widest, int steps) {
     const int C = heads * D;
-    float* newest = store + (int64_t)(steps - 1) * widest * 2 * C;
+    const float scale = 1 / std::sqrt((float)D);
     const std::vector<int> blocks = blocks_of(spans, rows);
     #pragma omp parallel for schedule(dynamic)
-    for (int i = 0; i < (int)blocks.size() - 1; i++) {
-        const int from = blocks[i], to = blocks[i + 1];
-        const int begin = spans[2 * from], seen = spans[2 * from + 1] - begin, keys = seen + steps;
+    for (int block = 0; block < (int)blocks.size() - 1; block++) {
+        const int from = blocks[block], to = blocks[block + 1], begin = spans[2 * from];
+        const int seen = spans[2 * from + 1] - begin, keys = seen + steps;
         const int padded = (keys + 3) / 4 * 4;
-        const Block<D> block = {prefix + (int64_t)begin * 3 * C,
-                                store,
-                                ancestors,
-                                rows,
-                                heads,
-                                widest,
-                                from,
-                                to,
-                                seen,
-                                keys,
-                                padded};
-        std::vector<float> weights((int64_t)(to - from) * heads * padded);
+        std::vector<float> numbers((int64_t)(to - from) * heads * padded);
+        float* const weights = numbers.data();  // (rows, heads, padded)
+        // [=], because numbers captured by reference are read again after each write to memory.
+        const auto stored = [=](int step, int row) {
+            return store + ((int64_t)step * widest + row) * 2 * C;
+        };
+        // Keys (heads, D) are taken four at a time; to make their number a multiple of 4, the last
+        // one is repeated, with a weight of 0. The value of each is C numbers further.
+        const auto for_each_four = [=](auto use) {
+            for (int j = 0; j < keys; j += 4)
+                for (int row = from; row < to; row++) {
+                    Quartet four;
+                    for (int i = 0; i < 4; i++) {
+                        const int key = std::min(j + i, keys - 1), step = key - seen;
+                        four[i] = step < 0 ? prefix + ((int64_t)(begin + key) * 3 + 1) * C
+                                           : stored(step, ancestors[(int64_t)step * rows + row]);
+                    }
+                    float* w = weights + (int64_t)(row - from) * heads * padded + j;
+                    for (int h = 0; h < heads; h++) use(row, h, w + h * padded, four);
+                }
+        };
         // In this step no other block reads these rows of the store.
         for (int row = from; row < to; row++)
-            std::copy_n(qkv + ((int64_t)row * 3 + 1) * C, 2 * C, newest + (int64_t)row * 2 * C);
-        compute_scores(weights.data(), qkv, block);
-        for (int64_t head = 0; head < (int64_t)(to - from) * heads; head++)
-            softmax(&weights[head * padded], keys, padded);
-        sum_values(y, weights.data(), block);
+            std::copy_n(qkv + ((int64_t)row * 3 + 1) * C, 2 * C, stored(steps - 1, row));
+        for_each_four([=](int row, int h, float* scores, const Quartet& four) {
+            inner_four(scores, qkv + (int64_t)row * 3 * C + h * D, four, h * D, D, scale);
+        });
+        for (float* w = weights; w < weights + numbers.size(); w += padded) {
+            softmax(w, keys);
+            std::fill(w + keys, w + padded, 0.f);
+        }
+        std::fill(y + (int64_t)from * C, y + (int64_t)to * C, 0.f);
+        for_each_four([=](int row, int h, const float* w, const Quartet& four) {
+            add_four(y + (int64_t)row * C + h * D, w, four, C + h * D, D);
+        });
     }
 }

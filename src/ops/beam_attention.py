@@ -28,11 +28,10 @@ def beam_attention(qkv: jt.Var, prefix: jt.Var, spans: jt.Var, store: jt.Var | N
         return plain_beam_attention(qkv, prefix, spans, store, ancestors, capacity, widest)
     if store is None:
         store = jt.empty((capacity, widest, 2, heads, depth), "float32")
-    y, = run(
-        "beam_attention", f"beam_attention<{depth}>(y, store, qkv, prefix, spans, ancestors, rows, "
-        "heads, widest, steps)", {"y": (rows, heads, depth)},
-        {"store": store, "qkv": qkv, "prefix": prefix, "spans": spans, "ancestors": ancestors},
-        rows=rows, heads=heads, widest=store.shape[1], steps=ancestors.shape[0])
+    y, = run("beam_attention", f"beam_attention<{depth}>", {"y": (rows, heads, depth)},
+             {"store": store, "qkv": qkv, "prefix": prefix, "spans": spans, "ancestors": ancestors},
+             "dim3(rows, heads), ATTENTION_THREADS", rows=rows, heads=heads, widest=store.shape[1],
+             steps=ancestors.shape[0])
     return y, store
 
 

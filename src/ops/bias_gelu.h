@@ -19,8 +19,8 @@ static void bias_gelu(float* y, const float* x, const float* bias, int rows, int
         }
 }
 
-static void grad_bias_gelu(float* dx, const float* x, const float* bias, const float* dy, int rows,
-                           int columns) {
+static void grad_bias_gelu(
+        float* dx, const float* x, const float* bias, const float* dy, int rows, int columns) {
     #pragma omp parallel for
     for (int n = 0; n < rows; n++)
         for (int c = 0; c < columns; c++) {

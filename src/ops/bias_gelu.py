@@ -19,16 +19,17 @@ def bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:
 
 class _BiasGelu(jt.Function):
     def execute(self, x, bias):
-        self.saved = x, bias
-        y, = run("bias_gelu", "bias_gelu(y, x, bias, rows, columns)", {"y": x.shape},
-                 {"x": x, "bias": bias}, rows=x.shape[0], columns=x.shape[1])
-        return y
+        self.saved = {"x": x, "bias": bias}
+        return self._run("bias_gelu", "y", self.saved)
 
     def grad(self, dy):
-        x, bias = self.saved
-        dx, = run("bias_gelu", "grad_bias_gelu(dx, x, bias, dy, rows, columns)", {"dx": x.shape},
-                  {"x": x, "bias": bias, "dy": dy}, rows=x.shape[0], columns=x.shape[1])
+        dx = self._run("grad_bias_gelu", "dx", {**self.saved, "dy": dy})
         return dx, dx.sum(dim=0)
+
+    def _run(self, function, output, inputs):
+        rows, columns = shape = inputs["x"].shape
+        return run("bias_gelu", function, {output: shape}, inputs,
+                   "blocks_for(rows * columns), THREADS", rows=rows, columns=columns)[0]
 
 
 def plain_bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:

@@ -7,7 +7,10 @@
 const int THREADS = 256;  // of a block, at most; a power of two
 const int COLUMNS = 32;   // adjacent columns of a matrix, whose rows one block sums
 
-static inline int blocks_for(int64_t count) { return (count + THREADS - 1) / THREADS; }
+// How many blocks of `each` it takes for `count`.
+static inline int blocks_for(int64_t count, int each = THREADS) {
+    return (count + each - 1) / each;
+}
 
 // combine() of the x of all threads with the same index modulo `columns`; all threads return it.
 template <class T, class Combine>
@@ -24,11 +27,9 @@ __device__ static T reduce(T x, Combine combine, int columns = 1) {
     return shared[t % columns];
 }
 
-struct Add {
-    __device__ float operator()(float a, float b) const { return a + b; }
-};
-struct Larger {
-    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-__device__ static float sum_of(float x, int columns = 1) { return reduce(x, Add(), columns); }
-__device__ static float max_of(float x) { return reduce(x, Larger()); }
+__device__ static float sum_of(float x, int columns = 1) {
+    return reduce(x, [](float a, float b) { return a + b; }, columns);
+}
+__device__ static float max_of(float x) {
+    return reduce(x, [](float a, float b) { return fmaxf(a, b); });
+}

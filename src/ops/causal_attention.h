@@ -3,8 +3,6 @@
 // (sequences + 1), the first token of each sequence, then tokens; y, dy: (tokens, heads, D);
 // log_sums: (tokens, heads), the log of the sum of exp(scores).
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -13,8 +11,7 @@
 // A head of one sequence in memory of its own, which one thread works on: in qkv, the rows of a
 // head are kilobytes apart, and a first-level cache can hold only a few of those at once.
 enum Piece { Q, K, V, Y, DY, DQ, DK, DV };
-template <int D>
-struct Head {
+template <int D> struct Head {
     const int T;
     std::vector<float> numbers;  // (pieces, T, D)
     Head(int T, int pieces) : T(T), numbers((int64_t)pieces * T * D) {}
@@ -28,29 +25,22 @@ struct Head {
 };
 
 // Computes Y and the log_sums of the head, which are `heads` numbers apart.
-template <int D>
-static void attend(Head<D>& head, float* log_sums, int heads) {
+template <int D> static void attend(Head<D>& head, float* log_sums, int heads) {
     const int T = head.T;
     const float scale = 1 / std::sqrt((float)D);
     float *q = head[Q], *k = head[K], *v = head[V], *y = head[Y];
     std::vector<float> p(T);
     for (int i = 0; i < T; i++) {
-        float high = -1e30f, sum = 0;
         for (int j = 0; j <= i; j++) p[j] = inner(q + i * D, k + j * D, D) * scale;
-        for (int j = 0; j <= i; j++) high = std::max(high, p[j]);
-        for (int j = 0; j <= i; j++) {
-            p[j] = std::exp(p[j] - high);
-            sum += p[j];
-        }
-        for (int j = 0; j <= i; j++) add_scaled(y + i * D, p[j] / sum, v + j * D, D);
-        log_sums[(int64_t)i * heads] = high + std::log(sum);
+        log_sums[(int64_t)i * heads] = softmax(p.data(), i + 1);
+        for (int j = 0; j <= i; j++) add_scaled(y + i * D, p[j], v + j * D, D);
     }
 }
 
 // `tokens` is here for the CUDA form, which launches a block for each token.
 template <int D>
 static void causal_attention(float* y, float* log_sums, const float* qkv, const int* starts,
-                             int tokens, int sequences, int heads) {
+        int tokens, int sequences, int heads) {
     const int C = heads * D;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < sequences; b++)
@@ -63,20 +53,19 @@ static void causal_attention(float* y, float* log_sums, const float* qkv, const 
         }
 }
 
-// Computes DQ, and p and g (T, T): the probabilities, and the gradients of the scores, which are
-// p_ij (dp_ij - sum over j of p_ij dp_ij) / sqrt(D). That sum is dy_i y_i (FlashAttention, Dao et
-// al., 2022, appendix B). p is computed again from log_sums, so that no (T, T) array has to be kept
-// from the forward pass.
-template <int D>
-static void differentiate_scores(Head<D>& head, float* p, float* g, const float* log_sums,
-                                 int heads) {
+// Computes DQ, DK and DV from the probabilities p (T, T) and the gradients g of the scores, which
+// are p_ij (dp_ij - sum over j of p_ij dp_ij) / sqrt(D). That sum is dy_i y_i (FlashAttention, Dao
+// et al., 2022, appendix B). p is computed again from log_sums, so that no (T, T) array has to be
+// kept from the forward pass.
+template <int D> static void differentiate(Head<D>& head, const float* log_sums, int heads) {
     const int T = head.T;
     const float scale = 1 / std::sqrt((float)D);
-    float *q = head[Q], *k = head[K], *v = head[V], *y = head[Y], *dy = head[DY], *dq = head[DQ];
+    float *q = head[Q], *k = head[K], *v = head[V], *y = head[Y], *dy = head[DY];
+    float *dq = head[DQ], *dk = head[DK], *dv = head[DV];
+    std::vector<float> p(T * T), g(T * T);
     for (int i = 0; i < T; i++) {
-        const float lse = log_sums[(int64_t)i * heads];
-        const float mean = inner(dy + i * D, y + i * D, D);
-        float *pi = p + i * T, *gi = g + i * T;
+        const float lse = log_sums[(int64_t)i * heads], mean = inner(dy + i * D, y + i * D, D);
+        float *pi = &p[i * T], *gi = &g[i * T];
         for (int j = 0; j <= i; j++) pi[j] = inner(q + i * D, k + j * D, D) * scale - lse;
         for (int j = 0; j <= i; j++) gi[j] = inner(dy + i * D, v + j * D, D) - mean;
         for (int j = 0; j <= i; j++) {
@@ -85,13 +74,6 @@ static void differentiate_scores(Head<D>& head, float* p, float* g, const float*
         }
         for (int j = 0; j <= i; j++) add_scaled(dq + i * D, gi[j], k + j * D, D);
     }
-}
-
-// Computes DK and DV.
-template <int D>
-static void differentiate_keys(Head<D>& head, const float* p, const float* g) {
-    const int T = head.T;
-    float *q = head[Q], *dy = head[DY], *dk = head[DK], *dv = head[DV];
     for (int j = 0; j < T; j++)
         for (int i = j; i < T; i++) {
             add_scaled(dv + j * D, p[i * T + j], dy + i * D, D);
@@ -101,21 +83,17 @@ static void differentiate_keys(Head<D>& head, const float* p, const float* g) {
 
 template <int D>
 static void grad_causal_attention(float* dqkv, const float* qkv, const int* starts, const float* y,
-                                  const float* log_sums, const float* dy, int tokens, int sequences,
-                                  int heads) {
+        const float* log_sums, const float* dy, int tokens, int sequences, int heads) {
     const int C = heads * D;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < sequences; b++)
         for (int h = 0; h < heads; h++) {
             const int64_t first = starts[b];
-            const int T = starts[b + 1] - first;
-            Head<D> head(T, DV + 1);
+            Head<D> head(starts[b + 1] - first, DV + 1);
             for (int i = Q; i <= V; i++) head.read(i, qkv + (first * 3 + i) * C + h * D, 3 * C);
             head.read(Y, y + first * C + h * D, C);
             head.read(DY, dy + first * C + h * D, C);
-            std::vector<float> p(T * T), g(T * T);
-            differentiate_scores(head, p.data(), g.data(), log_sums + first * heads + h, heads);
-            differentiate_keys(head, p.data(), g.data());
+            differentiate(head, log_sums + first * heads + h, heads);
             for (int i = Q; i <= V; i++)
                 head.write(DQ + i, dqkv + (first * 3 + i) * C + h * D, 3 * C);
         }

@@ -26,25 +26,23 @@ def causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
 
 class _CausalAttention(jt.Function):
     def execute(self, qkv, lengths):
-        tokens, _, heads, depth = qkv.shape
+        tokens, _, heads, self.depth = qkv.shape
         starts = jt.array(np.cumsum([0, *lengths], dtype=np.int32))
         self.numbers = {"tokens": tokens, "sequences": len(lengths), "heads": heads}
-        # The loops over a head's depth are short: they are faster if the compiler knows it.
-        y, log_sums = run(
-            "causal_attention",
-            f"causal_attention<{depth}>(y, log_sums, qkv, starts, tokens, sequences, heads)",
-            {"y": (tokens, heads, depth), "log_sums": (tokens, heads)},
-            {"qkv": qkv, "starts": starts}, **self.numbers)
+        outputs = {"y": (tokens, heads, self.depth), "log_sums": (tokens, heads)}
+        y, log_sums = self._run("causal_attention", outputs, qkv=qkv, starts=starts)
         self.saved = {"qkv": qkv, "starts": starts, "y": y, "log_sums": log_sums}
         return y
 
     def grad(self, dy):
-        qkv = self.saved["qkv"]
-        dqkv, = run(
-            "causal_attention", f"grad_causal_attention<{qkv.shape[3]}>(dqkv, qkv, starts, y, "
-            "log_sums, dy, tokens, sequences, heads)", {"dqkv": qkv.shape},
-            {**self.saved, "dy": dy}, **self.numbers)
+        dqkv, = self._run("grad_causal_attention", {"dqkv": self.saved["qkv"].shape},
+                          **self.saved, dy=dy)
         return dqkv, None
+
+    def _run(self, function, outputs, **inputs):
+        # The loops over a head's depth are short: they are faster if the compiler knows it.
+        return run("causal_attention", f"{function}<{self.depth}>", outputs, inputs,
+                   "dim3(tokens, heads), ATTENTION_THREADS", **self.numbers)
 
 
 def plain_causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:

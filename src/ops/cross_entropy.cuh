@@ -1,11 +1,9 @@
-// Cross entropy with label smoothing, and its gradient. logits, dlogits: (rows, vocab); target,
-// loss, dloss, log_sum: (rows), the last being the log of the sum of exp(logits).
-// One block computes one row.
+// See cross_entropy.h. One block computes one row.
 
 #include "block.cuh"
 
-__global__ static void cross_entropy_kernel(float* loss, float* log_sum, const float* logits,
-                                            const int* target, int vocab, float smooth) {
+__global__ static void cross_entropy(float* loss, float* log_sum, const float* logits,
+        const int* target, int rows, int vocab, float smooth) {
     const int n = blockIdx.x;
     const float* x = logits + (int64_t)n * vocab;
     float high = -1e30f, sum = 0, exp_sum = 0;
@@ -22,24 +20,11 @@ __global__ static void cross_entropy_kernel(float* loss, float* log_sum, const f
     log_sum[n] = lse;
 }
 
-static void cross_entropy(float* loss, float* log_sum, const float* logits, const int* target,
-                          int rows, int vocab, float smooth) {
-    cross_entropy_kernel<<<rows, THREADS>>>(loss, log_sum, logits, target, vocab, smooth);
-}
-
-__global__ static void grad_cross_entropy_kernel(float* dlogits, const float* logits,
-                                                 const int* target, const float* log_sum,
-                                                 const float* dloss, int vocab, float smooth) {
+__global__ static void grad_cross_entropy(float* dlogits, const float* logits, const int* target,
+        const float* log_sum, const float* dloss, int rows, int vocab, float smooth) {
     const int n = blockIdx.x;
     const float *x = logits + (int64_t)n * vocab, lse = log_sum[n], g = dloss[n];
     float* dx = dlogits + (int64_t)n * vocab;
     for (int v = threadIdx.x; v < vocab; v += THREADS)
         dx[v] = g * (expf(x[v] - lse) - smooth / vocab - (v == target[n] ? 1 - smooth : 0));
-}
-
-static void grad_cross_entropy(float* dlogits, const float* logits, const int* target,
-                               const float* log_sum, const float* dloss, int rows, int vocab,
-                               float smooth) {
-    grad_cross_entropy_kernel<<<rows, THREADS>>>(dlogits, logits, target, log_sum, dloss, vocab,
-                                                 smooth);
 }

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 static void cross_entropy(float* loss, float* log_sum, const float* logits, const int* target,
-                          int rows, int vocab, float smooth) {
+        int rows, int vocab, float smooth) {
     #pragma omp parallel for
     for (int n = 0; n < rows; n++) {
         const float* x = logits + (int64_t)n * vocab;
@@ -23,8 +23,7 @@ static void cross_entropy(float* loss, float* log_sum, const float* logits, cons
 }
 
 static void grad_cross_entropy(float* dlogits, const float* logits, const int* target,
-                               const float* log_sum, const float* dloss, int rows, int vocab,
-                               float smooth) {
+        const float* log_sum, const float* dloss, int rows, int vocab, float smooth) {
     #pragma omp parallel for
     for (int n = 0; n < rows; n++) {
         const float* x = logits + (int64_t)n * vocab;

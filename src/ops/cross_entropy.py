@@ -20,21 +20,17 @@ def cross_entropy(logits: jt.Var, target: jt.Var, label_smooth: float = 0.0) -> 
 class _CrossEntropy(jt.Function):
     def execute(self, logits, target, smooth):
         rows, vocab = logits.shape
-        loss, log_sum = run(
-            "cross_entropy", "cross_entropy(loss, log_sum, logits, target, rows, vocab, smooth)",
-            {"loss": (rows,), "log_sum": (rows,)}, {"logits": logits, "target": target},
-            rows=rows, vocab=vocab, smooth=smooth)
-        self.saved = {"logits": logits, "target": target, "log_sum": log_sum}
-        self.smooth = smooth
+        self.numbers = {"rows": rows, "vocab": vocab, "smooth": smooth}
+        inputs = {"logits": logits, "target": target}
+        loss, log_sum = run("cross_entropy", "cross_entropy", {"loss": (rows,), "log_sum": (rows,)},
+                            inputs, "rows, THREADS", **self.numbers)
+        self.saved = {**inputs, "log_sum": log_sum}
         return loss
 
     def grad(self, dloss):
-        rows, vocab = self.saved["logits"].shape
-        dlogits, = run(
-            "cross_entropy",
-            "grad_cross_entropy(dlogits, logits, target, log_sum, dloss, rows, vocab, smooth)",
-            {"dlogits": (rows, vocab)}, {**self.saved, "dloss": dloss}, rows=rows, vocab=vocab,
-            smooth=self.smooth)
+        dlogits, = run("cross_entropy", "grad_cross_entropy",
+                       {"dlogits": self.saved["logits"].shape}, {**self.saved, "dloss": dloss},
+                       "rows, THREADS", **self.numbers)
         return dlogits, None, None
 
 

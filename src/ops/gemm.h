@@ -9,10 +9,10 @@
 // a block has more rows: the processor fetches them from the second-level cache, and C is read and
 // written less often.
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <omp.h>
+
+#include "vectors.h"
 
 namespace gemm {
 
@@ -38,7 +38,7 @@ static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 // lda and ldc apart. Prefetches memory from `ahead` on, `pace` numbers in each step.
 template <int R>
 static void tile(const float* a, int64_t lda, const float* b, int kc, float* c, int64_t ldc,
-                 bool fresh, const float* ahead, int pace) {
+        bool fresh, const float* ahead, int pace) {
     Vec sum[R][2];
     for (int r = 0; r < R; r++)
         for (int h = 0; h < 2; h++) sum[r][h] = fresh ? Vec{} : load(c + r * ldc + h * W);
@@ -56,35 +56,29 @@ static void tile(const float* a, int64_t lda, const float* b, int kc, float* c, 
         for (int h = 0; h < 2; h++) store(c + r * ldc + h * W, sum[r][h]);
 }
 
-template <int R>
-static void tile_of(int rows, const float* a, int64_t lda, const float* b, int kc, float* c,
-                    int64_t ldc, bool fresh, const float* ahead, int pace) {
-    if (rows == R) return tile<R>(a, lda, b, kc, c, ldc, fresh, ahead, pace);
-    tile_of<R - 1>(rows, a, lda, b, kc, c, ldc, fresh, ahead, pace);
+// tile<rows>(arguments ...), where rows is from 1 to R.
+template <int R, class... Arguments> static void tile_of(int rows, Arguments... arguments) {
+    if (rows == R) return tile<R>(arguments...);
+    tile_of<(R > 1 ? R - 1 : R)>(rows, arguments...);
 }
-template <>
-void tile_of<0>(int, const float*, int64_t, const float*, int, float*, int64_t, bool, const float*,
-                int) {}
 
 // Reads eight rows of eight numbers, ld apart, and writes their transpose, with rows NR apart.
 static inline void transpose8(const float* from, int64_t ld, float* to) {
-    typedef float V8 __attribute__((vector_size(32)));
-    typedef int I8 __attribute__((vector_size(32)));
-    V8 r[8], s[8];
-    for (int i = 0; i < 8; i++) std::memcpy(&r[i], from + i * ld, 32);
+    Eight r[8], s[8];
+    for (int i = 0; i < 8; i++) r[i] = eight(from + i * ld);
     for (int i = 0; i < 8; i += 2) {
-        s[i] = __builtin_shuffle(r[i], r[i + 1], I8{0, 8, 2, 10, 4, 12, 6, 14});
-        s[i + 1] = __builtin_shuffle(r[i], r[i + 1], I8{1, 9, 3, 11, 5, 13, 7, 15});
+        s[i] = __builtin_shuffle(r[i], r[i + 1], Places{0, 8, 2, 10, 4, 12, 6, 14});
+        s[i + 1] = __builtin_shuffle(r[i], r[i + 1], Places{1, 9, 3, 11, 5, 13, 7, 15});
     }
     for (int i = 0; i < 8; i += 4)
         for (int j = 0; j < 2; j++) {
-            r[i + j] = __builtin_shuffle(s[i + j], s[i + j + 2], I8{0, 1, 8, 9, 4, 5, 12, 13});
-            r[i + j + 2] =
-                __builtin_shuffle(s[i + j], s[i + j + 2], I8{2, 3, 10, 11, 6, 7, 14, 15});
+            const Eight x = s[i + j], y = s[i + j + 2];
+            r[i + j] = __builtin_shuffle(x, y, Places{0, 1, 8, 9, 4, 5, 12, 13});
+            r[i + j + 2] = __builtin_shuffle(x, y, Places{2, 3, 10, 11, 6, 7, 14, 15});
         }
     for (int i = 0; i < 4; i++) {
-        V8 low = __builtin_shuffle(r[i], r[i + 4], I8{0, 1, 2, 3, 8, 9, 10, 11});
-        V8 high = __builtin_shuffle(r[i], r[i + 4], I8{4, 5, 6, 7, 12, 13, 14, 15});
+        Eight low = __builtin_shuffle(r[i], r[i + 4], Places{0, 1, 2, 3, 8, 9, 10, 11});
+        Eight high = __builtin_shuffle(r[i], r[i + 4], Places{4, 5, 6, 7, 12, 13, 14, 15});
         std::memcpy(to + i * NR, &low, 32);
         std::memcpy(to + (i + 4) * NR, &high, 32);
     }
@@ -93,20 +87,17 @@ static inline void transpose8(const float* from, int64_t ld, float* to) {
 // How B lies in memory: (K, N), its transpose (N, K), or as pack() left it.
 enum Layout { ROWS, COLUMNS, PACKED };
 
-// B's rows k to k + kc - 1 in columns n to n + cols - 1, as a block (kc, NR); missing columns are
-// 0.
+// B's rows k to k + kc - 1, columns n to n + cols - 1 as a block (kc, NR); missing columns are 0.
 template <Layout layout>
 static void pack_block(const float* b, int64_t ld, int k, int kc, int n, int cols, float* to) {
     if (cols < NR) std::fill_n(to, kc * NR, 0.f);
     if (layout == ROWS) {
         for (int i = 0; i < kc; i++) {
             const float* from = b + (int64_t)(k + i) * ld + n;
-            if (cols == NR) {
-                store(to + i * NR, load(from));
-                store(to + i * NR + W, load(from + W));
-            } else {
+            if (cols == NR)
+                std::memcpy(to + i * NR, from, NR * sizeof(float));  // a few vectors, not a call
+            else
                 std::copy_n(from, cols, to + i * NR);
-            }
         }
         return;
     }
@@ -125,8 +116,7 @@ static void pack_block(const float* b, int64_t ld, int k, int kc, int n, int col
 // tiles of 6 and 2 of 5, not 7 of 6 and one of 4. Prefetches the next block, which is contiguous
 // (stride 0), or `lines` pieces of `line` numbers, `stride` apart.
 static inline void all_rows(int M, const float* a, int64_t lda, const float* b, int kc, float* c,
-                            int64_t ldc, bool fresh, const float* next, int64_t stride, int lines,
-                            int line) {
+        int64_t ldc, bool fresh, const float* next, int64_t stride, int lines, int line) {
     const int tiles = (M + MR - 1) / MR;
     for (int t = 0, m = 0, end, l = 0; t < tiles; t++, m = end) {
         end = (int64_t)M * (t + 1) / tiles;
@@ -134,7 +124,7 @@ static inline void all_rows(int M, const float* a, int64_t lda, const float* b, 
             for (int i = 0; i < line; i += 16) __builtin_prefetch(next + l * stride + i);
         const float* ahead = stride ? b : next + (int64_t)t * kc * NR / tiles;
         tile_of<MR>(end - m, a + m * lda, lda, b, kc, c + m * ldc, ldc, fresh, ahead,
-                    stride ? 0 : NR / tiles);
+                stride ? 0 : NR / tiles);
     }
 }
 
@@ -157,21 +147,18 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
             const float* a = A + (int64_t)m0 * K + k;
             float* c = cols < NR ? edge : C + (int64_t)m0 * N + n;
             const int64_t ldc = cols < NR ? NR : N;
+            const float *b = block, *next;
             if (layout == PACKED) {
-                const float* b = B + ((int64_t)panel * K + k) * NR;
-                all_rows(m1 - m0, a, K, b, kc, c, ldc, k == 0, b + (int64_t)(down ? kc : K) * NR, 0,
-                         0, 0);
+                b = B + ((int64_t)panel * K + k) * NR;
+                next = b + (int64_t)(down ? kc : K) * NR;
             } else {
                 pack_block<layout>(B, ld, k, kc, n, cols, block);
                 const bool below = down && k + kc < K;  // the next block's place
                 const int next_k = below ? k + kc : down ? 0 : k, next_n = below ? n : n + NR;
-                if (layout == ROWS)
-                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_k * ld + next_n, ld,
-                             kc, NR);
-                else
-                    all_rows(m1 - m0, a, K, block, kc, c, ldc, k == 0, B + next_n * ld + next_k, ld,
-                             NR, kc);
+                next = B + (layout == ROWS ? next_k * ld + next_n : next_n * ld + next_k);
             }
+            all_rows(m1 - m0, a, K, b, kc, c, ldc, k == 0, next, layout == PACKED ? 0 : ld,
+                    layout == ROWS ? kc : NR, layout == ROWS ? NR : kc);
             if (k + kc < K) return;
             for (int m = m0; m < m1; m++) {
                 float* row = C + (int64_t)m * N + n;
@@ -200,15 +187,14 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
 }
 
 // B in the layout PACKED; `to` holds K * N numbers, N rounded up to a multiple of NR.
-template <Layout layout>
-static void pack(int N, int K, const float* B, float* to) {
+template <Layout layout> static void pack(int N, int K, const float* B, float* to) {
     const int panels = (N + NR - 1) / NR, ld = layout == ROWS ? N : K;
     #pragma omp parallel for
     for (int panel = 0; panel < panels; panel++)
         for (int k = 0; k < K; k += KC) {
             const int kc = std::min(KC, K - k), n = panel * NR;
-            pack_block<layout>(B, ld, k, kc, n, std::min(NR, N - n),
-                               to + ((int64_t)panel * K + k) * NR);
+            pack_block<layout>(
+                    B, ld, k, kc, n, std::min(NR, N - n), to + ((int64_t)panel * K + k) * NR);
         }
 }
 

@@ -6,7 +6,7 @@
 #ifdef __CUDACC__
 __device__
 #endif
-    static inline float keep_scale(uint32_t i, uint32_t seed, float p) {
+        static inline float keep_scale(uint32_t i, uint32_t seed, float p) {
     uint32_t h = i * 0x9E3779B9u ^ seed;
     h ^= h >> 16;
     h *= 0x7FEB352Du;

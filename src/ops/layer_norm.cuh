@@ -1,12 +1,10 @@
-// Layer normalisation, and its gradients. y, x, dx, dy: (rows, columns); weight, bias: (columns);
-// moments: (rows, 2), the mean of each row and 1 / its standard deviation.
-// One block computes one row, or the parameters' gradients of 32 columns, with 8 threads a column.
+// See layer_norm.h. One block computes one row, or the parameters' gradients of 32 columns, with 8
+// threads a column.
 
 #include "block.cuh"
 
-__global__ static void layer_norm_kernel(float* y, float* moments, const float* x,
-                                         const float* weight, const float* bias, int columns,
-                                         float epsilon) {
+__global__ static void layer_norm(float* y, float* moments, const float* x, const float* weight,
+        const float* bias, int rows, int columns, float epsilon) {
     const int n = blockIdx.x;
     const float* xn = x + (int64_t)n * columns;
     float sum = 0, squares = 0;
@@ -21,14 +19,8 @@ __global__ static void layer_norm_kernel(float* y, float* moments, const float* 
     moments[2 * n + 1] = scale;
 }
 
-static void layer_norm(float* y, float* moments, const float* x, const float* weight,
-                       const float* bias, int rows, int columns, float epsilon) {
-    layer_norm_kernel<<<rows, THREADS>>>(y, moments, x, weight, bias, columns, epsilon);
-}
-
-__global__ static void grad_layer_norm_x_kernel(float* dx, const float* x, const float* weight,
-                                                const float* moments, const float* dy,
-                                                int columns) {
+__global__ static void grad_layer_norm_x(float* dx, const float* x, const float* weight,
+        const float* moments, const float* dy, int rows, int columns) {
     const int n = blockIdx.x;
     const float *xn = x + (int64_t)n * columns, *dyn = dy + (int64_t)n * columns;
     const float mean = moments[2 * n], scale = moments[2 * n + 1];
@@ -43,31 +35,18 @@ __global__ static void grad_layer_norm_x_kernel(float* dx, const float* x, const
         dx[(int64_t)n * columns + c] = scale * (dyn[c] * weight[c] - sum - (xn[c] - mean) * dot);
 }
 
-static void grad_layer_norm_x(float* dx, const float* x, const float* weight, const float* moments,
-                              const float* dy, int rows, int columns) {
-    grad_layer_norm_x_kernel<<<rows, THREADS>>>(dx, x, weight, moments, dy, columns);
-}
-
-__global__ static void grad_layer_norm_parameters_kernel(float* dweight, float* dbias,
-                                                         const float* x, const float* moments,
-                                                         const float* dy, int rows, int columns) {
+__global__ static void grad_layer_norm_parameters(float* dweight, float* dbias, const float* x,
+        const float* moments, const float* dy, int rows, int columns) {
     const int c = blockIdx.x * COLUMNS + threadIdx.x % COLUMNS;
     float weight = 0, bias = 0;
     for (int n = threadIdx.x / COLUMNS; n < rows && c < columns; n += THREADS / COLUMNS) {
-        const float dyc = dy[(int64_t)n * columns + c];
-        weight += dyc * (x[(int64_t)n * columns + c] - moments[2 * n]) * moments[2 * n + 1];
-        bias += dyc;
+        const int64_t i = (int64_t)n * columns + c;
+        weight += dy[i] * (x[i] - moments[2 * n]) * moments[2 * n + 1];
+        bias += dy[i];
     }
     weight = sum_of(weight, COLUMNS);
     bias = sum_of(bias, COLUMNS);
     if (threadIdx.x >= COLUMNS || c >= columns) return;
     dweight[c] = weight;
     dbias[c] = bias;
-}
-
-static void grad_layer_norm_parameters(float* dweight, float* dbias, const float* x,
-                                       const float* moments, const float* dy, int rows,
-                                       int columns) {
-    grad_layer_norm_parameters_kernel<<<(columns + COLUMNS - 1) / COLUMNS, THREADS>>>(
-        dweight, dbias, x, moments, dy, rows, columns);
 }

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 static void layer_norm(float* y, float* moments, const float* x, const float* weight,
-                       const float* bias, int rows, int columns, float epsilon) {
+        const float* bias, int rows, int columns, float epsilon) {
     #pragma omp parallel for
     for (int n = 0; n < rows; n++) {
         const float* xn = x + (int64_t)n * columns;
@@ -23,7 +23,7 @@ static void layer_norm(float* y, float* moments, const float* x, const float* we
 }
 
 static void grad_layer_norm_x(float* dx, const float* x, const float* weight, const float* moments,
-                              const float* dy, int rows, int columns) {
+        const float* dy, int rows, int columns) {
     #pragma omp parallel for
     for (int n = 0; n < rows; n++) {
         const float *xn = x + (int64_t)n * columns, *dyn = dy + (int64_t)n * columns;
@@ -41,18 +41,16 @@ static void grad_layer_norm_x(float* dx, const float* x, const float* weight, co
 }
 
 static void grad_layer_norm_parameters(float* dweight, float* dbias, const float* x,
-                                       const float* moments, const float* dy, int rows,
-                                       int columns) {
+        const float* moments, const float* dy, int rows, int columns) {
     #pragma omp parallel for
     for (int block = 0; block < columns; block += 16) {  // one cache line of columns at a time
         const int end = std::min(block + 16, columns);
         for (int c = block; c < end; c++) dweight[c] = dbias[c] = 0;
         for (int n = 0; n < rows; n++)
             for (int c = block; c < end; c++) {
-                float dyc = dy[(int64_t)n * columns + c];
-                dweight[c] +=
-                    dyc * (x[(int64_t)n * columns + c] - moments[2 * n]) * moments[2 * n + 1];
-                dbias[c] += dyc;
+                const int64_t i = (int64_t)n * columns + c;
+                dweight[c] += dy[i] * (x[i] - moments[2 * n]) * moments[2 * n + 1];
+                dbias[c] += dy[i];
             }
     }
 }

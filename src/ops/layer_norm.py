@@ -20,25 +20,22 @@ def layer_norm(x: jt.Var, weight: jt.Var, bias: jt.Var, epsilon: float) -> jt.Va
 class _LayerNorm(jt.Function):
     def execute(self, x, weight, bias, epsilon):
         rows, columns = x.shape
-        y, moments = run(
-            "layer_norm", "layer_norm(y, moments, x, weight, bias, rows, columns, epsilon)",
-            {"y": x.shape, "moments": (rows, 2)}, {"x": x, "weight": weight, "bias": bias},
-            rows=rows, columns=columns, epsilon=epsilon)
-        self.saved = x, weight, moments
+        numbers = {"rows": rows, "columns": columns}
+        y, moments = run("layer_norm", "layer_norm", {"y": x.shape, "moments": (rows, 2)},
+                         {"x": x, "weight": weight, "bias": bias}, "rows, THREADS",
+                         **numbers, epsilon=epsilon)
+        self.saved = x, weight, moments, numbers
         return y
 
     def grad(self, dy):
-        x, weight, moments = self.saved
-        rows, columns = x.shape
-        dx, = run(
-            "layer_norm", "grad_layer_norm_x(dx, x, weight, moments, dy, rows, columns)",
-            {"dx": x.shape}, {"x": x, "weight": weight, "moments": moments, "dy": dy},
-            rows=rows, columns=columns)
-        dweight, dbias = run(
-            "layer_norm",
-            "grad_layer_norm_parameters(dweight, dbias, x, moments, dy, rows, columns)",
-            {"dweight": weight.shape, "dbias": weight.shape},
-            {"x": x, "moments": moments, "dy": dy}, rows=rows, columns=columns)
+        x, weight, moments, numbers = self.saved
+        dx, = run("layer_norm", "grad_layer_norm_x", {"dx": x.shape},
+                  {"x": x, "weight": weight, "moments": moments, "dy": dy}, "rows, THREADS",
+                  **numbers)
+        dweight, dbias = run("layer_norm", "grad_layer_norm_parameters",
+                             {"dweight": weight.shape, "dbias": weight.shape},
+                             {"x": x, "moments": moments, "dy": dy},
+                             "blocks_for(columns, COLUMNS), THREADS", **numbers)
         return dx, dweight, dbias, None
 
 

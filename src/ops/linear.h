@@ -5,7 +5,7 @@
 
 template <gemm::Layout layout>
 static void linear(float* y, const float* x, const float* weight, const float* bias,
-                   const float* residual, int rows, int n_out, int n_in) {
+        const float* residual, int rows, int n_out, int n_in) {
     const auto add = [&](int m, int n, int count, float* row) {
         if (bias && residual)
             for (int i = 0; i < count; i++)

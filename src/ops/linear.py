@@ -55,13 +55,9 @@ class _Linear(jt.Function):
 def _product(x: jt.Var, weight: jt.Var, n_out: int, layout: str, bias: jt.Var | None = None,
              residual: jt.Var | None = None) -> jt.Var:
     """x (N, n_in) times a weight of that layout in gemm.h, plus what is given -> (N, n_out)."""
-    added = {"bias": bias, "residual": residual}
-    given = {name: value for name, value in added.items() if value is not None}
-    names = ", ".join(name if name in given else "nullptr" for name in added)
-    y, = run("linear", f"linear<gemm::{layout}>(y, x, weight, {names}, rows, n_out, n_in)",
-             {"y": (x.shape[0], n_out)}, {"x": x, "weight": weight, **given},
-             rows=x.shape[0], n_out=n_out, n_in=x.shape[1])
-    return y
+    return run("linear", f"linear<gemm::{layout}>", {"y": (x.shape[0], n_out)},
+               {"x": x, "weight": weight, "bias": bias, "residual": residual},
+               rows=x.shape[0], n_out=n_out, n_in=x.shape[1])[0]
 
 
 def plain_linear(x: jt.Var, weight: jt.Var, bias: jt.Var | None = None,
@@ -78,7 +74,7 @@ def pack_weight(weight: jt.Var, transposed: bool = False) -> PackedWeight:
     n_out, n_in = weight.shape if transposed else weight.shape[::-1]
     padded = -(-n_out // 32) * 32  # gemm.h's NR is 16 or 32
     layout = "COLUMNS" if transposed else "ROWS"
-    numbers, = run("linear", f"pack_weight<gemm::{layout}>(packed, weight, n_out, n_in)",
-                   {"packed": (padded * n_in,)}, {"weight": weight}, n_out=n_out, n_in=n_in)
+    numbers, = run("linear", f"pack_weight<gemm::{layout}>", {"packed": (padded * n_in,)},
+                   {"weight": weight}, n_out=n_out, n_in=n_in)
     numbers.sync()
     return PackedWeight(numbers, n_out)

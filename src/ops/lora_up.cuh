@@ -1,39 +1,28 @@
-// LoRA's second product, added to a linear layer's output, and its gradients.
-// z, y, dz: (rows, columns); bias: (columns); low, dlow: (rows, groups, rank); lora_B, dB:
-// (groups, width, rank); first: (groups), the first column of each group's projection in y.
+// See lora_up.h.
 
 #include "block.cuh"
 
 // One thread computes one number of z.
-__global__ static void lora_up_kernel(float* z, const float* y, const float* bias, const float* low,
-                                      const float* lora_B, const int* first, int64_t count,
-                                      int columns, int rank, int groups, int width, float scaling) {
+__global__ static void lora_up(float* z, const float* y, const float* bias, const float* low,
+        const float* lora_B, const int* first, int rows, int columns, int rank, int groups,
+        int width, float scaling) {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, n = i / columns;
-    if (i >= count) return;
+    if (i >= (int64_t)rows * columns) return;
     const int c = i % columns;
     float sum = 0;
     for (int group = 0; group < groups; group++) {
         const int place = c - first[group];
         if (place < 0 || place >= width) continue;
         for (int r = 0; r < rank; r++)
-            sum +=
-                low[(n * groups + group) * rank + r] * lora_B[(group * width + place) * rank + r];
+            sum += low[(n * groups + group) * rank + r] *
+                   lora_B[(group * width + place) * rank + r];
     }
     z[i] = y[i] + bias[c] + sum * scaling;
 }
 
-static void lora_up(float* z, const float* y, const float* bias, const float* low,
-                    const float* lora_B, const int* first, int rows, int columns, int rank,
-                    int groups, int width, float scaling) {
-    const int64_t count = (int64_t)rows * columns;
-    lora_up_kernel<<<blocks_for(count), THREADS>>>(z, y, bias, low, lora_B, first, count, columns,
-                                                   rank, groups, width, scaling);
-}
-
 // One block computes one row of dlow.
-__global__ static void grad_lora_up_low_kernel(float* dlow, const float* dz, const float* lora_B,
-                                               const int* first, int columns, int rank, int groups,
-                                               int width, float scaling) {
+__global__ static void grad_lora_up_low(float* dlow, const float* dz, const float* lora_B,
+        const int* first, int rows, int columns, int rank, int groups, int width, float scaling) {
     const int64_t n = blockIdx.x;
     for (int item = 0; item < groups * rank; item++) {
         const int group = item / rank, r = item % rank;
@@ -46,17 +35,9 @@ __global__ static void grad_lora_up_low_kernel(float* dlow, const float* dz, con
     }
 }
 
-static void grad_lora_up_low(float* dlow, const float* dz, const float* lora_B, const int* first,
-                             int rows, int columns, int rank, int groups, int width,
-                             float scaling) {
-    grad_lora_up_low_kernel<<<rows, THREADS>>>(dlow, dz, lora_B, first, columns, rank, groups,
-                                               width, scaling);
-}
-
 // One block computes 32 rows of dB for one r (blockIdx.y), with 8 threads a row.
-__global__ static void grad_lora_up_B_kernel(float* dB, const float* dz, const float* low,
-                                             const int* first, int rows, int columns, int rank,
-                                             int groups, int width, float scaling) {
+__global__ static void grad_lora_up_B(float* dB, const float* dz, const float* low,
+        const int* first, int rows, int columns, int rank, int groups, int width, float scaling) {
     const int row = blockIdx.x * COLUMNS + threadIdx.x % COLUMNS, r = blockIdx.y;
     const int group = row / width;
     const bool exists = group < groups;
@@ -66,11 +47,4 @@ __global__ static void grad_lora_up_B_kernel(float* dB, const float* dz, const f
         sum += low[(n * groups + group) * rank + r] * dz[n * columns + c];
     sum = sum_of(sum, COLUMNS);
     if (threadIdx.x < COLUMNS && exists) dB[row * rank + r] = sum * scaling;
-}
-
-static void grad_lora_up_B(float* dB, const float* dz, const float* low, const int* first, int rows,
-                           int columns, int rank, int groups, int width, float scaling) {
-    const dim3 grid((groups * width + COLUMNS - 1) / COLUMNS, rank);
-    grad_lora_up_B_kernel<<<grid, THREADS>>>(dB, dz, low, first, rows, columns, rank, groups, width,
-                                             scaling);
 }

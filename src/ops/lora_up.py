@@ -27,21 +27,20 @@ class _LoRAUp(jt.Function):
         self.numbers = dict(
             rows=y.shape[0], columns=y.shape[1], rank=lora_B.shape[1], groups=len(columns),
             width=lora_B.shape[0] // len(columns), scaling=scaling)
-        return self._run("lora_up", {"z": y.shape},
-                         {"y": y, "bias": bias, "low": low, "lora_B": lora_B, "first": first})
+        return self._run("lora_up", {"z": y.shape}, "blocks_for(rows * columns), THREADS",
+                         y=y, bias=bias, low=low, lora_B=lora_B, first=first)
 
     def grad(self, dz):
         low, lora_B, first = self.saved
-        dlow = self._run("grad_lora_up_low", {"dlow": low.shape},
-                         {"dz": dz, "lora_B": lora_B, "first": first})
+        dlow = self._run("grad_lora_up_low", {"dlow": low.shape}, "rows, THREADS",
+                         dz=dz, lora_B=lora_B, first=first)
         dB = self._run("grad_lora_up_B", {"dB": lora_B.shape},
-                       {"dz": dz, "low": low, "first": first})
+                       "dim3(blocks_for(groups * width, COLUMNS), rank), THREADS",
+                       dz=dz, low=low, first=first)
         return dz, dz.sum(dim=0), dlow, dB, None, None
 
-    def _run(self, function, output, inputs):
-        arguments = ", ".join([*output, *inputs, *self.numbers])
-        result, = run("lora_up", f"{function}({arguments})", output, inputs, **self.numbers)
-        return result
+    def _run(self, function, output, launch, **inputs):
+        return run("lora_up", function, output, inputs, launch, **self.numbers)[0]
 
 
 def plain_lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float,

@@ -1,9 +1,8 @@
-"""Calls our own C++ and CUDA functions on jt.Vars, with arguments bound by name.
+"""Calls our own C++ functions and CUDA kernels on jt.Vars, with arguments bound by name.
 
-An operator NAME keeps its C++ functions in NAME.h and its CUDA functions in NAME.cuh beside its
-NAME.py. A function has the same name and arguments in both files: the outputs, the inputs, the
-numbers, e.g. ``bias_gelu(float* y, const float* x, const float* bias, int rows, int columns)``. In
-NAME.cuh it is a host function that launches kernels; its pointers are the GPU's.
+An operator NAME keeps its C++ functions in NAME.h and its CUDA kernels (``__global__``) in NAME.cuh
+beside its NAME.py. Both have the same names and arguments: the outputs, the inputs, the numbers,
+e.g. ``bias_gelu(float* y, const float* x, const float* bias, int rows, int columns)``.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import jittor as jt
 
 from runtime.errors import InputError
 
-Shape = Sequence[int]
+FOLDER = Path(__file__).parent
 
 # On CUDA: "plain" runs Jittor's own operators, "kernels" runs our .cuh files.
 OPS_CUDA = os.environ.get("OPS_CUDA", "plain")
@@ -36,41 +35,43 @@ def wants_plain() -> bool:
     return bool(jt.flags.use_cuda) and OPS_CUDA == "plain"
 
 
-def run(operator: str, call: str, outputs: Mapping[str, Shape | tuple[Shape, str]],
-        inputs: Mapping[str, jt.Var], **numbers: int | float) -> list[jt.Var]:
-    """Runs ``call``, a call of a function in OPERATOR.h or OPERATOR.cuh, and returns the outputs.
+def run(operator: str, function: str, outputs: Mapping[str, Sequence[int]],
+        inputs: Mapping[str, jt.Var | None], launch: str | None = None,
+        dtypes: Sequence[str] | None = None, **numbers: int | float) -> list[jt.Var]:
+    """Runs ``function`` of OPERATOR.h or OPERATOR.cuh and returns the outputs, which it must fill.
 
-    ``call`` may use the names of outputs and inputs (pointers to their numbers) and of ``numbers``
-    (an int is an int64_t, a float a float; their values are not compiled in). ``outputs`` gives the
-    shape of each output, or (shape, dtype) where dtype is not float32; the function must fill them.
+    Its arguments are, in this order, the outputs and inputs (pointers to their numbers; nullptr for
+    an input that is None) and the ``numbers`` (an int is an int64_t, a float a float; their values
+    are not compiled in). ``outputs`` gives their shapes; without ``dtypes``, they are float32.
+    ``launch`` is a kernel's grid and block in C++, in which these names may be used, e.g.
+    ``"blocks_for(rows * columns), THREADS"``; without it, the function has no CUDA kernel.
     """
-    shapes, dtypes = [], []
-    for output in outputs.values():
-        shape, dtype = output if len(output) == 2 and isinstance(output[1], str) \
-            else (output, "float32")
-        shapes.append(shape)
-        dtypes.append(dtype)
-    sources = _sources(operator, call, tuple(outputs), tuple(inputs),
-                       tuple((name, type(value)) for name, value in numbers.items()))
-    return jt.code(shapes, dtypes, list(inputs.values()), data=numbers, **sources)
-
-
-FOLDER = Path(__file__).parent
+    given = {name: var for name, var in inputs.items() if var is not None}
+    sources = _sources(operator, function, launch, tuple(outputs), tuple(inputs), tuple(given),
+                       tuple(numbers), tuple(map(type, numbers.values())))
+    return jt.code(list(outputs.values()), list(dtypes or ["float32"] * len(outputs)),
+                   list(given.values()), data=numbers, **sources)
 
 
 # Cached, because to build them takes longer than Jittor needs to record the call.
 @lru_cache(maxsize=None)
-def _sources(operator: str, call: str, outputs: tuple[str, ...], inputs: tuple[str, ...],
-             numbers: tuple[tuple[str, type], ...]) -> dict[str, str]:
-    """The texts that jt.code compiles, by the names of its arguments."""
-    source = "".join(
+def _sources(operator: str, function: str, launch: str | None, outputs: tuple[str, ...],
+             inputs: tuple[str, ...], given: tuple[str, ...], numbers: tuple[str, ...],
+             kinds: tuple[type, ...]) -> dict[str, str]:
+    """The texts that jt.code compiles, by the names of its arguments; ``given`` are the inputs that
+    are not None."""
+    names = "".join(
         [f"auto* {name} = out{i}_p;\n" for i, name in enumerate(outputs)]
-        + [f"auto* {name} = in{i}_p;\n" for i, name in enumerate(inputs)]
+        + [f"auto* {name} = in{i}_p;\n" for i, name in enumerate(given)]
         + [f'const {"int64_t" if issubclass(kind, int) else "float"} {name} = data["{name}"];\n'
-           for name, kind in numbers] + [f"{call};\n"])
-    sources = {"cpu_src": source, "cpu_header": text_of(f"{operator}.h")}
-    if (FOLDER / f"{operator}.cuh").is_file():
-        sources.update(cuda_src=source + _CHECK_LAUNCH, cuda_header=text_of(f"{operator}.cuh"))
+           for name, kind in zip(numbers, kinds)])
+    arguments = ", ".join([*outputs, *(name if name in given else "nullptr" for name in inputs),
+                           *numbers])
+    sources = {"cpu_src": f"{names}{function}({arguments});\n",
+               "cpu_header": text_of(f"{operator}.h")}
+    if launch:
+        sources.update(cuda_src=f"{names}{function}<<<{launch}>>>({arguments});{_CHECK_LAUNCH}",
+                       cuda_header=text_of(f"{operator}.cuh"))
     return sources
 
 

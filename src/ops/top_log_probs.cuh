@@ -1,25 +1,9 @@
-// The k largest log-probabilities of each row, in the order of their tokens. values, tokens:
-// (rows, k); logits: (rows, vocab), changed in place; positions: (changed), row * vocab + token of
-// the `seen` logits to penalise, then of those to exclude.
+// See top_log_probs.h. One block computes one row and reads it k + 1 times, once for each pick and
+// once for the sum.
 
 #include "block.cuh"
 
 const float LOW = -1e30f;  // the logit of an excluded token; fast math does not allow infinity
-
-// One thread changes one logit.
-__global__ static void penalise_kernel(float* logits, const int* positions, int count,
-                                       float penalty) {
-    const int i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= count) return;
-    const float x = logits[positions[i]];
-    logits[positions[i]] = x < 0 ? x * penalty : x / penalty;
-}
-
-// One thread changes one logit.
-__global__ static void exclude_kernel(float* logits, const int* positions, int count) {
-    const int i = blockIdx.x * THREADS + threadIdx.x;
-    if (i < count) logits[positions[i]] = LOW;
-}
 
 struct Pick {
     float value;
@@ -28,9 +12,6 @@ struct Pick {
 __device__ static bool precedes(Pick a, Pick b) {
     return a.value > b.value || (a.value == b.value && a.token < b.token);
 }
-struct First {
-    __device__ Pick operator()(Pick a, Pick b) const { return precedes(a, b) ? a : b; }
-};
 
 // The largest number of x (vocab) that comes after `last`; all threads return it.
 __device__ static Pick next_pick(const float* x, int vocab, Pick last) {
@@ -39,7 +20,7 @@ __device__ static Pick next_pick(const float* x, int vocab, Pick last) {
         const Pick pick = {x[v], v};
         if (precedes(last, pick) && precedes(pick, best)) best = pick;
     }
-    return reduce(best, First());
+    return reduce(best, [](Pick a, Pick b) { return precedes(a, b) ? a : b; });
 }
 
 // Puts a pick among the `count` ones before it, in the order of tokens.
@@ -53,12 +34,18 @@ __device__ static void insert(float* values, int* tokens, int count, int token, 
     values[place] = value;
 }
 
-// One block computes one row and reads it k + 1 times, once for each pick and once for the sum.
-__global__ static void top_log_probs_kernel(float* values, int* tokens, const float* logits,
-                                            int vocab, int k) {
-    const float* x = logits + (int64_t)blockIdx.x * vocab;
-    values += (int64_t)blockIdx.x * k;
-    tokens += (int64_t)blockIdx.x * k;
+__global__ static void top_log_probs(float* values, int* tokens, float* logits,
+        const int* positions, int rows, int vocab, int k, int seen, int changed, float penalty) {
+    const int n = blockIdx.x;
+    for (int i = threadIdx.x; i < seen; i += THREADS) {
+        float& x = logits[positions[i]];
+        if (positions[i] / vocab == n) x = x < 0 ? x * penalty : x / penalty;
+    }
+    __syncthreads();
+    for (int i = seen + threadIdx.x; i < changed; i += THREADS)
+        if (positions[i] / vocab == n) logits[positions[i]] = LOW;
+    __syncthreads();
+    const float* x = logits + (int64_t)n * vocab;
     Pick last = {-2 * LOW, -1};
     float log_sum = 0;
     for (int found = 0; found < k; found++) {
@@ -68,16 +55,8 @@ __global__ static void top_log_probs_kernel(float* values, int* tokens, const fl
             for (int v = threadIdx.x; v < vocab; v += THREADS) sum += expf(x[v] - last.value);
             log_sum = logf(sum_of(sum)) + last.value;
         }
+        const float value = last.value == LOW ? LOW : last.value - log_sum;
         if (threadIdx.x == 0)
-            insert(values, tokens, found, last.token,
-                   last.value == LOW ? LOW : last.value - log_sum);
+            insert(values + (int64_t)n * k, tokens + (int64_t)n * k, found, last.token, value);
     }
-}
-
-static void top_log_probs(float* values, int* tokens, float* logits, const int* positions, int rows,
-                          int vocab, int k, int seen, int changed, float penalty) {
-    if (seen > 0) penalise_kernel<<<blocks_for(seen), THREADS>>>(logits, positions, seen, penalty);
-    const int rest = changed - seen;
-    if (rest > 0) exclude_kernel<<<blocks_for(rest), THREADS>>>(logits, positions + seen, rest);
-    top_log_probs_kernel<<<rows, THREADS>>>(values, tokens, logits, vocab, k);
 }

@@ -11,14 +11,6 @@
 const float LOW = -1e30f;  // the logit of an excluded token; -Ofast does not allow infinity
 typedef std::pair<float, int> Pick;  // a logit, its token
 
-static void change(float* logits, const int* positions, int seen, int changed, float penalty) {
-    for (int i = 0; i < seen; i++) {
-        float& x = logits[positions[i]];
-        x = x < 0 ? x * penalty : x / penalty;
-    }
-    for (int i = seen; i < changed; i++) logits[positions[i]] = LOW;
-}
-
 // Inserts a pick into the best ones, largest first, and drops what is beyond the k-th.
 static void insert(std::vector<Pick>& best, Pick pick, int k) {
     auto place = best.end();
@@ -53,8 +45,12 @@ static std::vector<Pick> largest(const float* x, int vocab, int k, float& log_su
 }
 
 static void top_log_probs(float* values, int* tokens, float* logits, const int* positions, int rows,
-                          int vocab, int k, int seen, int changed, float penalty) {
-    change(logits, positions, seen, changed, penalty);
+        int vocab, int k, int seen, int changed, float penalty) {
+    for (int i = 0; i < seen; i++) {
+        float& x = logits[positions[i]];
+        x = x < 0 ? x * penalty : x / penalty;
+    }
+    for (int i = seen; i < changed; i++) logits[positions[i]] = LOW;
     #pragma omp parallel for
     for (int n = 0; n < rows; n++) {
         float log_sum;

@@ -23,14 +23,13 @@ def top_log_probs(logits: jt.Var, k: int, forbidden: Places = (), seen: Places =
     if wants_plain():
         return plain_top_log_probs(logits.numpy(), k, forbidden, seen, repetition_penalty)
     rows, vocab = logits.shape
-    positions = np.int32([row * vocab + token for row, token in [*seen, *forbidden]])
+    positions = np.array([row * vocab + token for row, token in [*seen, *forbidden]], np.int32)
     # Jittor does not accept an empty input: a 0 is appended, and ``changed`` does not count it.
     values, tokens = run(
-        "top_log_probs", "top_log_probs(values, tokens, logits, positions, rows, vocab, k, seen, "
-        "changed, penalty)", {"values": (rows, k), "tokens": ((rows, k), "int32")},
-        {"logits": logits, "positions": jt.array(np.append(positions, np.int32(0)))}, rows=rows,
-        vocab=vocab, k=k, seen=len(seen), changed=len(positions),
-        penalty=float(repetition_penalty))
+        "top_log_probs", "top_log_probs", {"values": (rows, k), "tokens": (rows, k)},
+        {"logits": logits, "positions": jt.array(np.append(positions, np.int32(0)))},
+        "rows, THREADS", ("float32", "int32"), rows=rows, vocab=vocab, k=k, seen=len(seen),
+        changed=len(positions), penalty=float(repetition_penalty))
     values, tokens = values.numpy(), tokens.numpy()
     values[values < -1e29] = -np.inf  # top_log_probs.h's LOW
     return values, tokens

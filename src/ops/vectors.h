@@ -1,6 +1,8 @@
-// Sums over the depth of a head, in vectors of 8 numbers. Without them, the compiler vectorises
-// across heads or positions, whose numbers are not adjacent in memory.
+// Vectors of 8 numbers; softmax, and sums over the depth of a head in vectors. Without these, the
+// compiler vectorises across heads or positions, whose numbers are not adjacent in memory.
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -29,4 +31,13 @@ static inline void add_scaled(float* to, float weight, const float* from, int D)
         std::memcpy(to + d, &sum, sizeof sum);
     }
     for (; d < D; d++) to[d] += weight * from[d];
+}
+
+// Softmax of n numbers in place; returns the log of the sum of exp(w).
+static inline float softmax(float* w, int n) {
+    float high = -1e30f, sum = 0;
+    for (int j = 0; j < n; j++) high = std::max(high, w[j]);
+    for (int j = 0; j < n; j++) sum += w[j] = std::exp(w[j] - high);
+    for (int j = 0; j < n; j++) w[j] /= sum;
+    return high + std::log(sum);
 }

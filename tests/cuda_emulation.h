@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <vector>
 
+#define __CUDACC__
 #define __global__
 #define __device__
 #define __shared__ static

@@ -1,16 +1,3 @@
-// See adamw_update.h. One thread updates one weight.
+// adamw_update.h on a GPU. One thread updates one weight.
 
-#include "block.cuh"
-
-__global__ static void adamw_update(float* new_weight, float* new_m, float* new_v,
-        const float* weight, const float* gradient, const float* m, const float* v, int64_t count,
-        float beta1, float rest1, float beta2, float rest2, float epsilon, float step_size,
-        float decay) {
-    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= count) return;
-    const float g = gradient[i];
-    const float m_i = new_m[i] = beta1 * m[i] + rest1 * g;
-    const float v_i = new_v[i] = beta2 * v[i] + rest2 * g * g;
-    const float moved = weight[i] - step_size * m_i / (sqrtf(v_i) + epsilon);
-    new_weight[i] = moved - decay * moved;
-}
+#include "adamw_update.h"

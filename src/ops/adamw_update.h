@@ -1,14 +1,12 @@
 // One update of AdamW. All arrays hold count numbers. rest1 and rest2 are 1 - beta1 and 1 - beta2,
 // which in single precision would lose digits.
 
-#include <cmath>
-#include <cstdint>
+#include "device.h"
 
-static void adamw_update(float* new_weight, float* new_m, float* new_v, const float* weight,
+KERNEL void adamw_update(float* new_weight, float* new_m, float* new_v, const float* weight,
         const float* gradient, const float* m, const float* v, int64_t count, float beta1,
         float rest1, float beta2, float rest2, float epsilon, float step_size, float decay) {
-    #pragma omp parallel for
-    for (int64_t i = 0; i < count; i++) {
+    FOR_EACH (i, count) {
         const float g = gradient[i];
         const float m_i = new_m[i] = beta1 * m[i] + rest1 * g;
         const float v_i = new_v[i] = beta2 * v[i] + rest2 * g * g;

@@ -1,6 +1,6 @@
 // Attention of one query on CUDA. One block computes one head of one token.
 
-#include "block.cuh"
+#include "device.h"
 
 const int ATTENTION_THREADS = 64;  // a usual depth of a head, and a usual number of keys
 

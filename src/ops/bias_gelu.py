@@ -29,7 +29,7 @@ class _BiasGelu(jt.Function):
     def _run(self, function, output, inputs):
         rows, columns = shape = inputs["x"].shape
         return run("bias_gelu", function, {output: shape}, inputs,
-                   "blocks_for(rows * columns), THREADS", rows=rows, columns=columns)[0]
+                   "rows, THREADS", rows=rows, columns=columns)[0]
 
 
 def plain_bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:

@@ -1,6 +1,6 @@
 // See lora_up.h.
 
-#include "block.cuh"
+#include "device.h"
 
 // One thread computes one number of z.
 __global__ static void lora_up(float* z, const float* y, const float* bias, const float* low,

@@ -1,7 +1,7 @@
 // See top_log_probs.h. One block computes one row and reads it k + 1 times, once for each pick and
 // once for the sum.
 
-#include "block.cuh"
+#include "device.h"
 
 const float LOW = -1e30f;  // the logit of an excluded token; fast math does not allow infinity
 

@@ -28,10 +28,10 @@ def beam_attention(qkv: jt.Var, prefix: jt.Var, spans: jt.Var, store: jt.Var | N
         return plain_beam_attention(qkv, prefix, spans, store, ancestors, capacity, widest)
     if store is None:
         store = jt.empty((capacity, widest, 2, heads, depth), "float32")
-    y, = run("beam_attention", f"beam_attention<{depth}>", {"y": (rows, heads, depth)},
-             {"store": store, "qkv": qkv, "prefix": prefix, "spans": spans, "ancestors": ancestors},
-             "dim3(rows, heads), ATTENTION_THREADS", rows=rows, heads=heads, widest=store.shape[1],
-             steps=ancestors.shape[0])
+    y, = run("beam_attention", f"beam_attention<{depth}>",
+             {"y (rows, heads)": (rows, heads, depth)},
+             {"store (_, widest)": store, "qkv": qkv, "prefix": prefix, "spans": spans,
+              "ancestors (steps)": ancestors}, "dim3(rows, heads), ATTENTION_THREADS")
     return y, store
 
 

@@ -19,17 +19,13 @@ def bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:
 
 class _BiasGelu(jt.Function):
     def execute(self, x, bias):
-        self.saved = {"x": x, "bias": bias}
-        return self._run("bias_gelu", "y", self.saved)
+        self.saved = {"x (rows, columns)": x, "bias": bias}
+        return run("bias_gelu", "bias_gelu", {"y": x.shape}, self.saved, "rows, THREADS")[0]
 
     def grad(self, dy):
-        dx = self._run("grad_bias_gelu", "dx", {**self.saved, "dy": dy})
+        dx, = run("bias_gelu", "grad_bias_gelu", {"dx": dy.shape}, {**self.saved, "dy": dy},
+                  "rows, THREADS")
         return dx, dx.sum(dim=0)
-
-    def _run(self, function, output, inputs):
-        rows, columns = shape = inputs["x"].shape
-        return run("bias_gelu", function, {output: shape}, inputs,
-                   "rows, THREADS", rows=rows, columns=columns)[0]
 
 
 def plain_bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:

@@ -10,7 +10,7 @@ __device__ static int sequence_of(int token, const int* starts) {
 
 template <int D>
 __global__ static void causal_attention(float* y, float* log_sums, const float* qkv,
-        const int* starts, int tokens, int sequences, int heads) {
+        const int* starts, int tokens, int heads, int sequences) {
     const int i = blockIdx.x, h = blockIdx.y, C = heads * D, first = starts[sequence_of(i, starts)];
     const float* q = qkv + (int64_t)i * 3 * C + h * D;
     const float* keys = qkv + ((int64_t)first * 3 + 1) * C + h * D;
@@ -25,8 +25,8 @@ struct Slope {
 
 template <int D>
 __global__ static void grad_causal_attention(float* dqkv, const float* qkv, const int* starts,
-        const float* y, const float* log_sums, const float* dy, int tokens, int sequences,
-        int heads) {
+        const float* y, const float* log_sums, const float* dy, int tokens, int heads,
+        int sequences) {
     __shared__ Slope slopes[ATTENTION_THREADS];
     const int t = threadIdx.x, token = blockIdx.x, h = blockIdx.y, C = heads * D;
     const int b = sequence_of(token, starts), end = starts[b + 1];

@@ -40,7 +40,7 @@ template <int D> static void attend(Head<D>& head, float* log_sums, int heads) {
 // `tokens` is here for the CUDA form, which launches a block for each token.
 template <int D>
 static void causal_attention(float* y, float* log_sums, const float* qkv, const int* starts,
-        int tokens, int sequences, int heads) {
+        int tokens, int heads, int sequences) {
     const int C = heads * D;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < sequences; b++)
@@ -83,7 +83,7 @@ template <int D> static void differentiate(Head<D>& head, const float* log_sums,
 
 template <int D>
 static void grad_causal_attention(float* dqkv, const float* qkv, const int* starts, const float* y,
-        const float* log_sums, const float* dy, int tokens, int sequences, int heads) {
+        const float* log_sums, const float* dy, int tokens, int heads, int sequences) {
     const int C = heads * D;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < sequences; b++)

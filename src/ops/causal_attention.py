@@ -28,21 +28,22 @@ class _CausalAttention(jt.Function):
     def execute(self, qkv, lengths):
         tokens, _, heads, self.depth = qkv.shape
         starts = jt.array(np.cumsum([0, *lengths], dtype=np.int32))
-        self.numbers = {"tokens": tokens, "sequences": len(lengths), "heads": heads}
+        self.sequences = len(lengths)
+        self.saved = {"qkv (tokens, _, heads)": qkv, "starts": starts}
         outputs = {"y": (tokens, heads, self.depth), "log_sums": (tokens, heads)}
-        y, log_sums = self._run("causal_attention", outputs, qkv=qkv, starts=starts)
-        self.saved = {"qkv": qkv, "starts": starts, "y": y, "log_sums": log_sums}
+        y, log_sums = self._run("causal_attention", outputs, self.saved)
+        self.saved.update(y=y, log_sums=log_sums)
         return y
 
     def grad(self, dy):
-        dqkv, = self._run("grad_causal_attention", {"dqkv": self.saved["qkv"].shape},
-                          **self.saved, dy=dy)
+        shape = (dy.shape[0], 3, *dy.shape[1:])
+        dqkv, = self._run("grad_causal_attention", {"dqkv": shape}, {**self.saved, "dy": dy})
         return dqkv, None
 
-    def _run(self, function, outputs, **inputs):
+    def _run(self, function, outputs, inputs):
         # The loops over a head's depth are short: they are faster if the compiler knows it.
         return run("causal_attention", f"{function}<{self.depth}>", outputs, inputs,
-                   "dim3(tokens, heads), ATTENTION_THREADS", **self.numbers)
+                   "dim3(tokens, heads), ATTENTION_THREADS", sequences=self.sequences)
 
 
 def plain_causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:

@@ -19,18 +19,16 @@ def cross_entropy(logits: jt.Var, target: jt.Var, label_smooth: float = 0.0) -> 
 
 class _CrossEntropy(jt.Function):
     def execute(self, logits, target, smooth):
-        rows, vocab = logits.shape
-        self.numbers = {"rows": rows, "vocab": vocab, "smooth": smooth}
-        inputs = {"logits": logits, "target": target}
-        loss, log_sum = run("cross_entropy", "cross_entropy", {"loss": (rows,), "log_sum": (rows,)},
-                            inputs, "rows, THREADS", **self.numbers)
-        self.saved = {**inputs, "log_sum": log_sum}
+        rows = logits.shape[:1]
+        inputs = {"logits (rows, vocab)": logits, "target": target}
+        loss, log_sum = run("cross_entropy", "cross_entropy", {"loss": rows, "log_sum": rows},
+                            inputs, "rows, THREADS", smooth=smooth)
+        self.saved, self.smooth, self.shape = {**inputs, "log_sum": log_sum}, smooth, logits.shape
         return loss
 
     def grad(self, dloss):
-        dlogits, = run("cross_entropy", "grad_cross_entropy",
-                       {"dlogits": self.saved["logits"].shape}, {**self.saved, "dloss": dloss},
-                       "rows, THREADS", **self.numbers)
+        dlogits, = run("cross_entropy", "grad_cross_entropy", {"dlogits": self.shape},
+                       {**self.saved, "dloss": dloss}, "rows, THREADS", smooth=self.smooth)
         return dlogits, None, None
 
 

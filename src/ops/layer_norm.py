@@ -19,23 +19,21 @@ def layer_norm(x: jt.Var, weight: jt.Var, bias: jt.Var, epsilon: float) -> jt.Va
 
 class _LayerNorm(jt.Function):
     def execute(self, x, weight, bias, epsilon):
-        rows, columns = x.shape
-        numbers = {"rows": rows, "columns": columns}
-        y, moments = run("layer_norm", "layer_norm", {"y": x.shape, "moments": (rows, 2)},
-                         {"x": x, "weight": weight, "bias": bias}, "rows, THREADS",
-                         **numbers, epsilon=epsilon)
-        self.saved = x, weight, moments, numbers
+        y, moments = run("layer_norm", "layer_norm", {"y": x.shape, "moments": (x.shape[0], 2)},
+                         {"x (rows, columns)": x, "weight": weight, "bias": bias}, "rows, THREADS",
+                         epsilon=epsilon)
+        self.saved = x, weight, moments
         return y
 
     def grad(self, dy):
-        x, weight, moments, numbers = self.saved
+        x, weight, moments = self.saved
         dx, = run("layer_norm", "grad_layer_norm_x", {"dx": x.shape},
-                  {"x": x, "weight": weight, "moments": moments, "dy": dy}, "rows, THREADS",
-                  **numbers)
+                  {"x (rows, columns)": x, "weight": weight, "moments": moments, "dy": dy},
+                  "rows, THREADS")
         dweight, dbias = run("layer_norm", "grad_layer_norm_parameters",
                              {"dweight": weight.shape, "dbias": weight.shape},
-                             {"x": x, "moments": moments, "dy": dy},
-                             "blocks_for(columns, COLUMNS), THREADS", **numbers)
+                             {"x (rows, columns)": x, "moments": moments, "dy": dy},
+                             "blocks_for(columns, COLUMNS), THREADS")
         return dx, dweight, dbias, None
 
 

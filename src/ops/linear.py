@@ -55,9 +55,8 @@ class _Linear(jt.Function):
 def _product(x: jt.Var, weight: jt.Var, n_out: int, layout: str, bias: jt.Var | None = None,
              residual: jt.Var | None = None) -> jt.Var:
     """x (N, n_in) times a weight of that layout in gemm.h, plus what is given -> (N, n_out)."""
-    return run("linear", f"linear<gemm::{layout}>", {"y": (x.shape[0], n_out)},
-               {"x": x, "weight": weight, "bias": bias, "residual": residual},
-               rows=x.shape[0], n_out=n_out, n_in=x.shape[1])[0]
+    return run("linear", f"linear<gemm::{layout}>", {"y (rows, n_out)": (x.shape[0], n_out)},
+               {"x (_, n_in)": x, "weight": weight, "bias": bias, "residual": residual})[0]
 
 
 def plain_linear(x: jt.Var, weight: jt.Var, bias: jt.Var | None = None,
@@ -70,11 +69,10 @@ def plain_linear(x: jt.Var, weight: jt.Var, bias: jt.Var | None = None,
 
 
 def pack_weight(weight: jt.Var, transposed: bool = False) -> PackedWeight:
-    """W (n_in, n_out), or (n_out, n_in) if ``transposed``, packed immediately; for the CPU."""
+    """W (n_in, n_out), or (n_out, n_in) if ``transposed``, packed; for the CPU."""
     n_out, n_in = weight.shape if transposed else weight.shape[::-1]
     padded = -(-n_out // 32) * 32  # gemm.h's NR is 16 or 32
     layout = "COLUMNS" if transposed else "ROWS"
     numbers, = run("linear", f"pack_weight<gemm::{layout}>", {"packed": (padded * n_in,)},
                    {"weight": weight}, n_out=n_out, n_in=n_in)
-    numbers.sync()
     return PackedWeight(numbers, n_out)

@@ -4,7 +4,7 @@
 
 // One thread computes one number of z.
 __global__ static void lora_up(float* z, const float* y, const float* bias, const float* low,
-        const float* lora_B, const int* first, int rows, int columns, int rank, int groups,
+        const float* lora_B, const int* first, int rows, int columns, int groups, int rank,
         int width, float scaling) {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, n = i / columns;
     if (i >= (int64_t)rows * columns) return;
@@ -22,7 +22,7 @@ __global__ static void lora_up(float* z, const float* y, const float* bias, cons
 
 // One block computes one row of dlow.
 __global__ static void grad_lora_up_low(float* dlow, const float* dz, const float* lora_B,
-        const int* first, int rows, int columns, int rank, int groups, int width, float scaling) {
+        const int* first, int rows, int columns, int groups, int rank, int width, float scaling) {
     const int64_t n = blockIdx.x;
     for (int item = 0; item < groups * rank; item++) {
         const int group = item / rank, r = item % rank;
@@ -37,7 +37,7 @@ __global__ static void grad_lora_up_low(float* dlow, const float* dz, const floa
 
 // One block computes 32 rows of dB for one r (blockIdx.y), with 8 threads a row.
 __global__ static void grad_lora_up_B(float* dB, const float* dz, const float* low,
-        const int* first, int rows, int columns, int rank, int groups, int width, float scaling) {
+        const int* first, int rows, int columns, int groups, int rank, int width, float scaling) {
     const int row = blockIdx.x * COLUMNS + threadIdx.x % COLUMNS, r = blockIdx.y;
     const int group = row / width;
     const bool exists = group < groups;

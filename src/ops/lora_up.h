@@ -16,7 +16,7 @@ static std::vector<float> transposed(const float* from, int64_t rows, int64_t co
 }
 
 static void lora_up(float* z, const float* y, const float* bias, const float* low,
-        const float* lora_B, const int* first, int rows, int columns, int rank, int groups,
+        const float* lora_B, const int* first, int rows, int columns, int groups, int rank,
         int width, float scaling) {
     const auto up = transposed(lora_B, groups * width, rank);
     #pragma omp parallel for
@@ -34,7 +34,7 @@ static void lora_up(float* z, const float* y, const float* bias, const float* lo
 }
 
 static void grad_lora_up_low(float* dlow, const float* dz, const float* lora_B, const int* first,
-        int rows, int columns, int rank, int groups, int width, float scaling) {
+        int rows, int columns, int groups, int rank, int width, float scaling) {
     const auto up = transposed(lora_B, groups * width, rank);
     #pragma omp parallel for
     for (int n = 0; n < rows; n++)
@@ -49,7 +49,7 @@ static void grad_lora_up_low(float* dlow, const float* dz, const float* lora_B, 
 }
 
 static void grad_lora_up_B(float* dB, const float* dz, const float* low, const int* first, int rows,
-        int columns, int rank, int groups, int width, float scaling) {
+        int columns, int groups, int rank, int width, float scaling) {
     const int piece = 256, pieces = (width + piece - 1) / piece;
     #pragma omp parallel for
     for (int item = 0; item < groups * pieces; item++) {

@@ -22,25 +22,26 @@ def lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float
 
 class _LoRAUp(jt.Function):
     def execute(self, y, bias, low, lora_B, scaling, columns):
-        first = jt.array(np.int32(columns))
-        self.saved = low, lora_B, first
-        self.numbers = dict(
-            rows=y.shape[0], columns=y.shape[1], rank=lora_B.shape[1], groups=len(columns),
-            width=lora_B.shape[0] // len(columns), scaling=scaling)
-        return self._run("lora_up", {"z": y.shape}, "blocks_for(rows * columns), THREADS",
-                         y=y, bias=bias, low=low, lora_B=lora_B, first=first)
+        self.first = jt.array(np.int32(columns))
+        self.saved = low, lora_B
+        height, rank = lora_B.shape
+        self.numbers = {"rank": rank, "width": height // len(columns), "scaling": scaling}
+        return self._run("lora_up", {"z (rows, columns)": y.shape},
+                         "blocks_for(rows * columns), THREADS",
+                         {"y": y, "bias": bias, "low": low, "lora_B": lora_B})
 
     def grad(self, dz):
-        low, lora_B, first = self.saved
+        low, lora_B = self.saved
         dlow = self._run("grad_lora_up_low", {"dlow": low.shape}, "rows, THREADS",
-                         dz=dz, lora_B=lora_B, first=first)
+                         {"dz (rows, columns)": dz, "lora_B": lora_B})
         dB = self._run("grad_lora_up_B", {"dB": lora_B.shape},
                        "dim3(blocks_for(groups * width, COLUMNS), rank), THREADS",
-                       dz=dz, low=low, first=first)
+                       {"dz (rows, columns)": dz, "low": low})
         return dz, dz.sum(dim=0), dlow, dB, None, None
 
-    def _run(self, function, output, launch, **inputs):
-        return run("lora_up", function, output, inputs, launch, **self.numbers)[0]
+    def _run(self, function, output, launch, inputs):
+        return run("lora_up", function, output, {**inputs, "first (groups)": self.first}, launch,
+                   **self.numbers)[0]
 
 
 def plain_lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float,

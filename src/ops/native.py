@@ -41,38 +41,52 @@ def run(operator: str, function: str, outputs: Mapping[str, Sequence[int]],
     """Runs ``function`` of OPERATOR.h or OPERATOR.cuh and returns the outputs, which it must fill.
 
     Its arguments are, in this order, the outputs and inputs (pointers to their numbers; nullptr for
-    an input that is None) and the ``numbers`` (an int is an int64_t, a float a float; their values
-    are not compiled in). ``outputs`` gives their shapes; without ``dtypes``, they are float32.
-    ``launch`` is a kernel's grid and block in C++, in which these names may be used, e.g.
-    ``"blocks_for(rows * columns), THREADS"``; without it, the function has no CUDA kernel.
+    an input that is None), the dimensions, and the ``numbers`` (an int is an int64_t, a float a
+    float; their values are not compiled in). A dimension is named behind an output or input that
+    has it, ``{"x (rows, columns)": x}``, where ``_`` stands for one that is not wanted. ``outputs``
+    gives shapes; without ``dtypes``, they are float32. ``launch`` is a kernel's grid and block in
+    C++, in which all these names may be used, e.g. ``"blocks_for(rows * columns), THREADS"``;
+    without it, the function has no CUDA kernel.
     """
-    given = {name: var for name, var in inputs.items() if var is not None}
-    sources = _sources(operator, function, launch, tuple(outputs), tuple(inputs), tuple(given),
-                       tuple(numbers), tuple(map(type, numbers.values())))
-    return jt.code(list(outputs.values()), list(dtypes or ["float32"] * len(outputs)),
-                   list(given.values()), data=numbers, **sources)
+    given = [var for var in inputs.values() if var is not None]
+    key = function if len(given) == len(inputs) else (
+        function, *(var is None for var in inputs.values()))
+    if key not in _TEXTS:  # building them takes longer than Jittor needs to record the call
+        _TEXTS[key] = _texts(operator, function, launch, outputs, inputs, numbers)
+    shapes, kinds = list(outputs.values()), dtypes or ["float32"] * len(outputs)
+    if len(shapes) == 1:  # jt.code is faster without lists
+        return [jt.code(shapes[0], kinds[0], given, data=numbers, **_TEXTS[key])]
+    return jt.code(shapes, kinds, given, data=numbers, **_TEXTS[key])
 
 
-# Cached, because to build them takes longer than Jittor needs to record the call.
-@lru_cache(maxsize=None)
-def _sources(operator: str, function: str, launch: str | None, outputs: tuple[str, ...],
-             inputs: tuple[str, ...], given: tuple[str, ...], numbers: tuple[str, ...],
-             kinds: tuple[type, ...]) -> dict[str, str]:
-    """The texts that jt.code compiles, by the names of its arguments; ``given`` are the inputs that
-    are not None."""
-    names = "".join(
-        [f"auto* {name} = out{i}_p;\n" for i, name in enumerate(outputs)]
-        + [f"auto* {name} = in{i}_p;\n" for i, name in enumerate(given)]
-        + [f'const {"int64_t" if issubclass(kind, int) else "float"} {name} = data["{name}"];\n'
-           for name, kind in zip(numbers, kinds)])
-    arguments = ", ".join([*outputs, *(name if name in given else "nullptr" for name in inputs),
-                           *numbers])
-    sources = {"cpu_src": f"{names}{function}({arguments});\n",
-               "cpu_header": text_of(f"{operator}.h")}
+_TEXTS: dict[object, dict[str, str]] = {}  # by function and by which of its inputs are given
+
+
+def _texts(operator: str, function: str, launch: str | None, outputs: Mapping[str, object],
+           inputs: Mapping[str, object], numbers: Mapping[str, object]) -> dict[str, str]:
+    """The texts that jt.code compiles, by the names of its arguments."""
+    lines, arguments = [], []
+    dimensions: dict[str, str] = {}
+    for kind, variables in (("out", outputs), ("in", inputs)):
+        index = 0
+        for notation, var in variables.items():
+            name, *axes = re.findall(r"\w+", notation)
+            arguments.append("nullptr" if var is None else name)
+            if var is not None:
+                lines.append(f"auto* {name} = {kind}{index}_p;")
+                for axis, dimension in enumerate(axes):
+                    dimensions.setdefault(dimension, f"{kind}{index}_shape{axis}")
+                index += 1
+    dimensions.pop("_", None)
+    lines += [f"const int64_t {name} = {shape};" for name, shape in dimensions.items()]
+    lines += [f'const {"int64_t" if isinstance(value, int) else "float"} {name} = data["{name}"];'
+              for name, value in numbers.items()]
+    names, call = "\n".join(lines), ", ".join([*arguments, *dimensions, *numbers])
+    texts = {"cpu_src": f"{names}\n{function}({call});\n", "cpu_header": text_of(f"{operator}.h")}
     if launch:
-        sources.update(cuda_src=f"{names}{function}<<<{launch}>>>({arguments});{_CHECK_LAUNCH}",
-                       cuda_header=text_of(f"{operator}.cuh"))
-    return sources
+        texts.update(cuda_src=f"{names}\n{function}<<<{launch}>>>({call});{_CHECK_LAUNCH}",
+                     cuda_header=text_of(f"{operator}.cuh"))
+    return texts
 
 
 @lru_cache(maxsize=None)

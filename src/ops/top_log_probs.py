@@ -27,9 +27,9 @@ def top_log_probs(logits: jt.Var, k: int, forbidden: Places = (), seen: Places =
     # Jittor does not accept an empty input: a 0 is appended, and ``changed`` does not count it.
     values, tokens = run(
         "top_log_probs", "top_log_probs", {"values": (rows, k), "tokens": (rows, k)},
-        {"logits": logits, "positions": jt.array(np.append(positions, np.int32(0)))},
-        "rows, THREADS", ("float32", "int32"), rows=rows, vocab=vocab, k=k, seen=len(seen),
-        changed=len(positions), penalty=float(repetition_penalty))
+        {"logits (rows, vocab)": logits, "positions": jt.array(np.append(positions, np.int32(0)))},
+        "rows, THREADS", ["float32", "int32"], k=k, seen=len(seen), changed=len(positions),
+        penalty=float(repetition_penalty))
     values, tokens = values.numpy(), tokens.numpy()
     values[values < -1e29] = -np.inf  # top_log_probs.h's LOW
     return values, tokens

@@ -51,6 +51,7 @@ def run(root, data, tmp_path_factory):
     return done, work, results
 
 
+@pytest.mark.slow
 def test_strict_run_agrees(run):
     done, _, results = run
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
@@ -66,6 +67,7 @@ def test_strict_run_agrees(run):
     assert one["last_losses"]["torch"] < one["mean_loss"]["torch"]  # it did learn
 
 
+@pytest.mark.slow
 def test_results_of_a_strict_run(run):
     done, _, results = run
     assert sorted(path.name for path in (results / "short").iterdir()) == [
@@ -114,6 +116,7 @@ def _change_token(jittor):
     path.write_text("\n".join([json.dumps(record), *rest]) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, found", [
     (_shift_loss, "loss of step 17 differs"), (_shift_rate, "learning rates differ"),
     (_shift_matrix, "h.2.attn.c_attn.lora_B differs by 0.002"),
@@ -138,6 +141,7 @@ def publish(root):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_table_of_all_runs(root, run, tmp_path):
     """A row a result, in all three documents and nowhere else in them; twice changes nothing."""
     shutil.copytree(run[2], tmp_path / "align" / "results")

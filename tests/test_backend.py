@@ -108,7 +108,8 @@ jt.code((1,), "int32", [], cpu_header="#include <iostream>", cpu_src=speak).sync
 """
 
 
-@pytest.mark.parametrize("variables", [{}, {"nvcc": "on the path"}])
+@pytest.mark.parametrize("variables", [
+    {}, pytest.param({"nvcc": "on the path"}, marks=pytest.mark.slow)])
 def test_start_is_quiet_and_needs_no_nvcc(jittor, root, tmp_path, variables):
     """Also while compiling, and where an nvcc without a GPU stands on the path."""
     environment = dict(os.environ)

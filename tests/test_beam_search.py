@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +99,10 @@ def reference(logits_of, query, options) -> tuple[int, ...]:
 
 def brute_force(logits_of, query, options, tokens) -> tuple[int, ...]:
     """The best of all sequences of the given tokens, whatever a beam would have met."""
+    @lru_cache(None)
+    def following(history):
+        return log_probs(logits_of(query + history), history, options)
+
     best = (-math.inf, ())
     for length in range(1, options["eval_len"] + 1):
         for history in itertools.product(tokens, repeat=length):
@@ -106,8 +111,7 @@ def brute_force(logits_of, query, options, tokens) -> tuple[int, ...]:
                 continue
             score = 0.0
             for i, token in enumerate(history):
-                allowed = log_probs(logits_of(query + history[:i]), history[:i], options)
-                score += allowed.get(token, -math.inf)
+                score += following(history[:i]).get(token, -math.inf)
             best = max(best, (score / length ** options["length_penalty"], history))
     return best[1]
 
@@ -209,6 +213,7 @@ def test_repeats(beam_search):
     assert beam_search.repeats((1, 2, 3), 4) == []
 
 
+@pytest.mark.slow
 def test_real_model_against_pytorch(beam_search, small_model, torch_side):
     from generator import Generator
 

@@ -70,6 +70,7 @@ def count_by_torch() -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_flops_are_those_that_pytorch_counts():
     if not importlib.util.find_spec("torch"):
         pytest.skip("no PyTorch; pip install -r requirement-test.txt")
@@ -129,6 +130,7 @@ def test_samples_of_a_length_fill_it(tmp_path, monkeypatch):
         assert len(sample["context"]) == 34 and len(sample["completion"]) == 30
 
 
+@pytest.mark.slow
 def test_sides_do_the_same_task(tmp_path, monkeypatch):
     """Without dropout ours and align's side see the same losses, and find the same sequences."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "loralib")):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
+import struct
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import weights_of
 from test_torch_file import Hostile, hostile_legacy, hostile_zip
 
@@ -230,6 +233,45 @@ def test_missing_damaged_and_other_files(refused, saved, small_model, tmp_path):
         path = tmp_path / f"{number}.pt"
         path.write_bytes(hostile_zip(pickle.dumps(content, 2)))
         assert "no named weights" in refused(path)
+
+
+def safetensors_bytes(tensors: dict, data: bytes = b"", length: int | None = None) -> bytes:
+    """A .safetensors file with this table; ``length`` is what it says of the table's size."""
+    header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+                         for name, (dtype, shape, offsets) in tensors.items()}).encode()
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def test_safetensors_itself_refuses_what_is_no_table_of_its_data(checkpoint, tmp_path):
+    """The library is pinned; our own reader relies on these checks of its header."""
+    path = tmp_path / "model.safetensors"
+    good = {"wte.weight": ("F32", [2, 2], [0, 16]), "b": ("F32", [1], [16, 20])}
+    path.write_bytes(safetensors_bytes(good, b"\0" * 20))
+    weights = checkpoint.read_weights(path)
+    assert {name: array.shape for name, array in weights.items()} == {
+        "transformer.wte.weight": (2, 2), "b": (1,)}
+    bad = {
+        "overlap": safetensors_bytes({**good, "b": ("F32", [1], [12, 16])}, b"\0" * 16),
+        "gap": safetensors_bytes({**good, "b": ("F32", [1], [20, 24])}, b"\0" * 24),
+        "size": safetensors_bytes({**good, "b": ("F32", [2], [16, 20])}, b"\0" * 20),
+        "overflow": safetensors_bytes({"b": ("F32", [2**62, 4], [0, 0])}),
+        "beyond": safetensors_bytes({"b": ("F32", [2**40], [0, 2**42])}, b"\0" * 20),
+        "negative": safetensors_bytes({"b": ("F32", [1], [4, 0])}, b"\0" * 4),
+        "trailing": safetensors_bytes(good, b"\0" * 21),
+        "short": safetensors_bytes(good, b"\0" * 19),
+        "header": safetensors_bytes(good, b"\0" * 20, length=10_000),
+        "huge header": safetensors_bytes(good, b"\0" * 20, length=2**63),
+        "no JSON": struct.pack("<Q", 4) + b"text",
+    }
+    for name, content in bad.items():
+        path.write_bytes(content)
+        with pytest.raises(safetensors.SafetensorError):
+            safetensors.numpy.load_file(path)
+        with pytest.raises(InputError) as error:
+            checkpoint.read_weights(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: damaged, or no safetensors file ("), name
+        assert "\n" not in message and message.endswith("; fetch or save it again"), name
 
 
 def test_hostile_file_is_named_and_runs_nothing(refused, tmp_path):

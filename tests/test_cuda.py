@@ -14,6 +14,7 @@ FILES = ["test_ops.py", "test_model.py", "test_lora.py", "test_optimizer.py",
          "test_beam_search.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["plain", "kernels"])
 @pytest.mark.parametrize("file", FILES)
 def test_on_a_gpu(root, file, switch):

@@ -98,6 +98,49 @@ def test_properties_of_an_epoch(tmp_path_factory, samples, batch_size, seq_len, 
         assert any(np.array_equal(padded, i) and targets == t for i, t in seen)
 
 
+def arrays(batches) -> list[tuple]:
+    return [(b.input_ids.tolist(), b.target.tolist(), b.mask.tolist()) for b in batches]
+
+
+def test_fillers_continue_from_a_state(encoded):
+    """A second data set that takes over the state draws the same samples as the first goes on."""
+    path = encoded(random_samples(9, 12))
+    first, second, unaware = (FTDataset(path, 8, 24) for _ in range(3))  # 7 positions are filled
+    arrays(first.batches(10, 1))
+    second.fill_state = json.loads(json.dumps(first.fill_state))  # as a state file holds it
+    for epoch in (2, 3):
+        going_on = arrays(first.batches(10, epoch))
+        assert arrays(second.batches(10, epoch)) == going_on
+        assert arrays(unaware.batches(10, epoch)) != going_on
+    assert second.fill_state == first.fill_state != unaware.fill_state
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: [], lambda state: state[:-1], lambda state: [*state, 0],
+    lambda state: [*state[:-1], 625], lambda state: [*state[:-1], -1]])
+def test_a_malformed_state_of_fillers(encoded, change):
+    data = FTDataset(encoded([([1], [2])]), 2, 8)
+    with pytest.raises(ValueError):
+        data.fill_state = change(data.fill_state)
+
+
+@pytest.mark.parametrize("rank, world_size, drop_last", [(0, 1, False), (0, 1, True), (1, 2, True)])
+def test_the_batches_from_a_number_on(encoded, rank, world_size, drop_last):
+    """An epoch that is begun in its middle has the batches that were left of it."""
+    data = FTDataset(encoded(random_samples(13, 12)), 3, 24)
+    for epoch in (1, 2):
+        states, whole = [data.fill_state], []
+        for batch in data.batches(10, epoch, rank, world_size, drop_last):
+            whole += arrays([batch])
+            states.append(data.fill_state)
+        assert len(whole) == (5 if world_size == 1 else 2)
+        for first, state in enumerate(states):
+            data.fill_state = state
+            assert arrays(data.batches(10, epoch, rank, world_size, drop_last, first)
+                          ) == whole[first:]
+            assert data.fill_state == states[-1]
+
+
 def test_queries_keep_the_end_of_a_context(encoded):
     path = encoded([(list(range(1, 9)), [50]), ([3, 4], [60, 61])])
     assert FTDataset(path, 8, seq_len=7, eval_len=3).queries() == [(5, 6, 7, 8), (3, 4)]

@@ -249,6 +249,7 @@ def test_train(train, damaged, name):
         assert diverged or not (folder / "out").exists()
 
 
+@pytest.mark.slow
 @fuzz(damage(), st.sampled_from(["resume.2.pt", "train.log", "metrics.csv"]), examples=40)
 def test_resume(train, damaged, name):
     folder, files, flags = train

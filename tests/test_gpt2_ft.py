@@ -10,9 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import run_main
 
 STEPS = 12  # of the runs below: 7 samples make 4 batches of 2, three epochs
 FLAGS = ["--train_batch_size", "2", "--valid_batch_size", "2", "--grad_acc", "2",
@@ -63,10 +65,35 @@ def base(root, data, tmp_path_factory):
     return folder / "model.1.pt"
 
 
+def flags_of(data, work_dir, *flags):
+    return ["--train_data", data / "train.jsonl", "--valid_data", data / "valid.jsonl", *FLAGS,
+            "--work_dir", work_dir, "--device", "cpu", *flags]
+
+
 def train(root, data, work_dir, *flags, script="src/gpt2_ft.py"):
-    return run_script(root, script, "--train_data", data / "train.jsonl", "--valid_data",
-                      data / "valid.jsonl", *FLAGS, "--work_dir", work_dir, "--device", "cpu",
-                      *flags)
+    return run_script(root, script, *flags_of(data, work_dir, *flags))
+
+
+@pytest.fixture
+def here(jittor, monkeypatch):
+    """Runs a script's main in this process, where Jittor has started already."""
+    from runtime import backend
+
+    monkeypatch.setattr(backend, "start", lambda device, seed=1: jittor.set_global_seed(seed))
+
+    def run(main, *flags):
+        code, said = run_main(main, flags)
+        return SimpleNamespace(returncode=code, stderr=said)
+
+    return run
+
+
+@pytest.fixture
+def train_here(here, data):
+    """The same of the training script; takes the work dir and flags."""
+    import gpt2_ft
+
+    return lambda work_dir, *flags: here(gpt2_ft.main, *flags_of(data, work_dir, *flags))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +168,7 @@ def test_same_seed_same_files(root, data, base, trained, tmp_path):
         [row[c] for c in columns] for row in rows(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     [],
     ["--clip", "0.5", "--scheduler", "cosine", "--correct_bias", "--obj", "jlm"],
@@ -177,61 +205,67 @@ def fails(done, *parts):
         assert str(part) in done.stderr
 
 
-def test_missing_data(root, data, tmp_path):
-    fails(train(root, data, tmp_path / "out", "--train_data", tmp_path / "none.jsonl"),
+def test_missing_data(train_here, tmp_path):
+    fails(train_here(tmp_path / "out", "--train_data", tmp_path / "none.jsonl"),
           tmp_path / "none.jsonl", "create_datasets.sh")
     assert not (tmp_path / "out").exists()
 
 
-def test_token_outside_the_vocabulary(root, data, tmp_path):
+def test_token_outside_the_vocabulary(train_here, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"context": [1], "completion": [2]}\n{"context": [50257], "completion": []}\n')
-    fails(train(root, data, tmp_path / "out", "--train_data", bad), f"{bad}:2:", "50257", "vocab")
+    fails(train_here(tmp_path / "out", "--train_data", bad), f"{bad}:2:", "50257", "vocab")
 
 
-def test_completions_beyond_seq_len(root, data, base, tmp_path):
+def test_completions_beyond_seq_len(train_here, base, tmp_path, monkeypatch):
+    import gpt2_ft
+
     bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
     bad.write_text('{"context": [1, 2, 3, 4], "completion": [5]}\n')
     good.write_text('{"context": [1, 2], "completion": [5]}\n')
-    fails(train(root, data, tmp_path / "out", "--train_data", bad, "--seq_len", 4),
+    fails(train_here(tmp_path / "out", "--train_data", bad, "--seq_len", 4),
           f"{bad}: no sample", "--seq_len 4")
-    fails(train(root, data, tmp_path / "out", "--train_data", good, "--valid_data", bad,
-                "--seq_len", 4), f"{bad}: no sample")
+    fails(train_here(tmp_path / "out", "--train_data", good, "--valid_data", bad,
+                     "--seq_len", 4), f"{bad}: no sample")
     assert not (tmp_path / "out").exists()
     bad.write_text(bad.read_text() + '{"context": [1, 2], "completion": [5]}\n')
-    done = train(root, data, tmp_path / "out", "--train_data", bad, "--valid_data", bad,
-                 "--seq_len", 4, "--max_step", 1, "--init_checkpoint", base)
+    said = []
+    monkeypatch.setattr(gpt2_ft, "log", said.append)
+    done = train_here(tmp_path / "out", "--train_data", bad, "--valid_data", bad,
+                      "--seq_len", 4, "--max_step", 1, "--init_checkpoint", base)
     assert done.returncode == 0, done.stderr
-    assert f"{bad}: 1 of 2 samples lose their whole completion to --seq_len 4; " in done.stdout
+    assert said.count(f"{bad}: 1 of 2 samples lose their whole completion to --seq_len 4; raise "
+                      "it to learn from them") == 2  # as training and as validation data
 
 
-def test_lora_alone_as_init_checkpoint(root, data, trained, tmp_path):
-    fails(train(root, data, tmp_path, "--init_checkpoint", trained[1] / "model.5.pt"),
+def test_lora_alone_as_init_checkpoint(train_here, trained, tmp_path):
+    fails(train_here(tmp_path, "--init_checkpoint", trained[1] / "model.5.pt"),
           trained[1] / "model.5.pt", "--lora_checkpoint")
 
 
-def test_wrong_rank_and_wrong_card(root, data, base, trained, tmp_path):
+def test_wrong_rank_and_wrong_card(train_here, base, trained, tmp_path):
     whole = trained[1] / f"model.{STEPS}.pt"
-    fails(train(root, data, tmp_path, "--init_checkpoint", whole, "--lora_dim", 3),
+    fails(train_here(tmp_path, "--init_checkpoint", whole, "--lora_dim", 3),
           whole, "misshapen", "--lora_dim")
-    fails(train(root, data, tmp_path, "--init_checkpoint", base, "--model_card", "gpt2.sm"),
+    fails(train_here(tmp_path, "--init_checkpoint", base, "--model_card", "gpt2.sm"),
           base, "missing", "misshapen", "--model_card")
 
 
+@pytest.mark.slow
 def test_loss_no_longer_finite(root, data, base, tmp_path):
     fails(train(root, data, tmp_path, "--init_checkpoint", base, "--lora_dim", 0, "--lr", 1e30,
                 "--warmup_step", 0), "step 3", "--lr")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_work_dir_that_cannot_be_written(root, data, tmp_path):
+def test_work_dir_that_cannot_be_written(train_here, tmp_path):
     tmp_path.chmod(0o500)
-    fails(train(root, data, tmp_path / "out"), tmp_path / "out", "--work_dir")
+    fails(train_here(tmp_path / "out"), tmp_path / "out", "--work_dir")
 
 
-def test_work_dir_that_is_a_file(root, data, tmp_path):
+def test_work_dir_that_is_a_file(train_here, tmp_path):
     (tmp_path / "out").write_text("")
-    fails(train(root, data, tmp_path / "out"), tmp_path / "out", "--work_dir")
+    fails(train_here(tmp_path / "out"), tmp_path / "out", "--work_dir")
 
 
 @pytest.mark.parametrize("flags", [
@@ -239,13 +273,13 @@ def test_work_dir_that_is_a_file(root, data, tmp_path):
     ["--scheduler", "cycle"], ["--scheduler", "cycle", "--i_steps", "0,x"], ["--lr", "-1"],
     ["--lr", "inf"], ["--lr", "nan"], ["--resume", "maybe"], ["--keep_last", "0"],
 ])
-def test_wrong_flags(root, data, tmp_path, flags):
-    done = train(root, data, tmp_path / "out", *flags)
+def test_wrong_flags(train_here, tmp_path, flags):
+    done = train_here(tmp_path / "out", *flags)
     assert done.returncode == 2 and "usage:" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_neither_epochs_nor_steps(root, data, tmp_path):
+def test_neither_epochs_nor_steps(root):
     done = run_script(root, "src/gpt2_ft.py", "--train_data", "x", "--valid_data", "x")
     assert done.returncode == 2 and "--max_epoch" in done.stderr
 
@@ -271,6 +305,7 @@ def predictions(root, data, trained, tmp_path_factory):
     return predict
 
 
+@pytest.mark.slow
 def test_beam_search_output(predictions):
     one, many = predictions("--batch_size", 1), predictions("--batch_size", 3)
     assert one == many
@@ -280,6 +315,7 @@ def test_beam_search_output(predictions):
     assert records[0]["predict"] == records[3]["predict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     [], ["--beam", "5", "--repetition_penalty", "1.3", "--min_length", "4"]])
 def test_beam_search_follows_pytorch(predictions, flags):
@@ -288,19 +324,22 @@ def test_beam_search_follows_pytorch(predictions, flags):
         "--batch_size", 1, *flags, script="align/torch_beam.py")
 
 
-def test_beam_search_refuses(root, data, base, trained, tmp_path):
-    def beam(*flags):
-        return run_script(root, "src/gpt2_beam.py", "--data", data / "valid.jsonl", "--seq_len",
-                          24, "--eval_len", 8, "--model_card", "gpt2.nano", "--lora_dim", 4,
-                          "--work_dir", tmp_path, "--device", "cpu", *flags)
+def test_beam_search_refuses(root, here, data, base, tmp_path):
+    import gpt2_beam
+
+    flags = ["--data", data / "valid.jsonl", "--seq_len", 24, "--eval_len", 8, "--model_card",
+             "gpt2.nano", "--lora_dim", 4, "--work_dir", tmp_path, "--device", "cpu"]
+
+    def beam(*more):
+        return here(gpt2_beam.main, *flags, *more)
 
     fails(beam("--init_checkpoint", base), base, "--lora_checkpoint", "--lora_dim 0")
     fails(beam("--init_checkpoint", tmp_path / "none.pt"), tmp_path / "none.pt",
           "download_pretrained_checkpoints.sh")
     fails(beam("--init_checkpoint", base, "--data", tmp_path / "none.jsonl"), "none.jsonl")
-    assert beam("--init_checkpoint", base, "--eval_len", 24).returncode == 2
-    assert beam("--init_checkpoint", base, "--beam", 50258).returncode == 2
-    assert beam("--init_checkpoint", base, "--length_penalty", "nan").returncode == 2
+    for more in (["--eval_len", 24], ["--beam", 50258], ["--length_penalty", "nan"]):
+        assert beam("--init_checkpoint", base, *more).returncode == 2
     if shutil.which("nvidia-smi") is None:
-        fails(beam("--init_checkpoint", base, "--device", "cuda"), "--device cuda", "--device cpu")
+        fails(run_script(root, "src/gpt2_beam.py", *flags, "--init_checkpoint", base, "--device",
+                         "cuda"), "--device cuda", "--device cpu")
     assert not any(tmp_path.iterdir())

@@ -281,6 +281,7 @@ def test_help_loads_nothing_slow():
     assert "-p" in run_script("--help").stdout
 
 
+@pytest.mark.slow
 @needs_expected
 @needs_java
 def test_expected_scores_as_the_challenge_prints_them():
@@ -290,6 +291,7 @@ def test_expected_scores_as_the_challenge_prints_them():
     assert result.returncode == 0
 
 
+@pytest.mark.slow
 @needs_expected
 @needs_java
 def test_expected_scores_as_a_table_in_another_locale():
@@ -300,6 +302,7 @@ def test_expected_scores_as_a_table_in_another_locale():
                              f"{pred}\t0.2093\t2.9530\t0.2708\t0.4022\t1.2690\n")
 
 
+@pytest.mark.slow
 @needs_java
 def test_segments_of_odd_texts(tmp_path):
     perfect = "The Café (a pub) costs £20."

@@ -110,6 +110,7 @@ def trained(root, data, tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_two_processes_are_one_with_twice_the_batch(trained):
     one, two = (rows(trained[n][0]) for n in (1, 2))
@@ -124,6 +125,7 @@ def test_two_processes_are_one_with_twice_the_batch(trained):
     assert all(np.abs(ours[name] - theirs[name]).max() < 1e-4 for name in ours)
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_one_process_writes_and_speaks(trained):
     for number in (1, 2):
@@ -137,6 +139,7 @@ def test_one_process_writes_and_speaks(trained):
         path.name for path in trained[2][0].iterdir()}
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_two_processes_resume(root, data, trained, tmp_path):
     flags = ["--train_data", data / "train.jsonl", "--valid_data", data / "valid.jsonl", *FLAGS,
@@ -159,6 +162,7 @@ def test_two_processes_resume(root, data, trained, tmp_path):
     assert (tmp_path / "model.8.pt").read_bytes() == (trained[2][0] / "model.8.pt").read_bytes()
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_predictions_of_two_processes(root, data, trained, tmp_path):
     lines = (data / "valid.jsonl").read_text().splitlines()
@@ -178,6 +182,7 @@ def test_predictions_of_two_processes(root, data, trained, tmp_path):
     assert predict(lines[:1], processes=2) == alone[:1]  # nothing for the second to do
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_a_mistake_ends_all_with_one_line(root, data, tmp_path):
     flags = ["--train_data", data / "none.jsonl", "--valid_data", data / "valid.jsonl", *FLAGS,
@@ -189,6 +194,7 @@ def test_a_mistake_ends_all_with_one_line(root, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_a_process_that_dies_ends_all(root, data, tmp_path):
     process = start(root, "src/gpt2_ft.py", "--train_data", data / "train.jsonl", "--valid_data",
@@ -204,6 +210,7 @@ def test_a_process_that_dies_ends_all(root, data, tmp_path):
     assert process.returncode != 0
 
 
+@pytest.mark.slow
 @needs_mpi
 def test_an_error_in_one_process_alone_is_told(root):
     code = ("from runtime import processes, script\n"

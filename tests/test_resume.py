@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from conftest import run_main
 
+from dataset import FTDataset
 from runtime import torch_file
 
 KILLS = int(os.environ.get("KILLS", 6))
@@ -133,6 +135,46 @@ def test_the_newest_whole_state(train, whole, tmp_path, damage):
         path.write_bytes(b"")
     code, said = train(tmp_path, "--resume")
     assert code == 1 and said.startswith(f"error: {tmp_path / 'resume.2.pt'}: no state")
+
+
+def test_a_state_holds_the_generators_that_fill_up_batches(train, flags, tmp_path):
+    """At step 5 of 4 a epoch, after the validation of step 3; 10 is the default seed."""
+    assert train(tmp_path, stop=5)[0] == 130
+    about = json.loads(torch_file.load(tmp_path / "resume.5.pt")["about"])
+    data, valid = (FTDataset(path, 2, 12) for path in flags[1:4:2])
+    unused = valid.fill_state
+    for number, _ in enumerate([*data.batches(10, 1), *itertools.islice(data.batches(10, 2), 1)]):
+        assert number < 5
+    list(valid.batches(10, 0))
+    assert about["train_fill"] == [data.fill_state]
+    assert about["valid_fill"] == [valid.fill_state] != [unused]
+
+
+@pytest.fixture(scope="module")
+def stopped(train, tmp_path_factory):
+    """The state after step 4, alone in its folder."""
+    folder = tmp_path_factory.mktemp("stopped")
+    assert train(folder, stop=4)[0] == 130
+    (folder / "resume.3.pt").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("key", ["train_fill", "valid_fill"])
+@pytest.mark.parametrize("change", [
+    lambda states: None, lambda states: [], lambda states: states * 2, lambda states: states[0],
+    lambda states: [states[0][:-1]], lambda states: [[*states[0][:-1], 625]],
+    lambda states: [[-1, *states[0][1:]]], lambda states: [[2**32, *states[0][1:]]],
+    lambda states: [["1", *states[0][1:]]], lambda states: [[True, *states[0][1:]]],
+], ids=["none", "no process", "two processes", "flat", "short", "index", "negative", "large",
+        "text", "bool"])
+def test_a_malformed_state_of_fillers_is_refused(train, stopped, tmp_path, key, change):
+    raw = torch_file.load(stopped / "resume.4.pt")
+    about = json.loads(raw["about"])
+    about[key] = change(about[key])
+    path = tmp_path / "resume.4.pt"
+    torch_file.save(path, {**raw, "about": json.dumps(about)})
+    assert train(tmp_path, "--resume") == (
+        1, f"error: {path}: no state of a training run; remove it\n")
 
 
 def test_other_settings_are_refused(train, whole, flags, tmp_path):
@@ -255,14 +297,35 @@ def test_parts_of_dead_processes_go(tmp_path):
 @pytest.fixture
 def script(root, flags, tmp_path):
     """Starts src/gpt2_ft.py as a process of its own, with the real gpt2.nano."""
-    def start(*more):
+    def start(*more, **options):
         return subprocess.Popen(
             [sys.executable, root / "src/gpt2_ft.py", *map(str, flags), "--device", "cpu",
              "--log_interval", "1", "--work_dir", tmp_path / "out", *map(str, more)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     return start
 
 
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal(script, tmp_path):
+    """The terminal sends it to the whole process group, so to Jittor's processes as well."""
+    process = script("--max_epoch", 1000, start_new_session=True,
+                     preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        for line in process.stdout:
+            if line.startswith("| epoch"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert re.fullmatch(r"stopped after step \d+; .*\n", said)
+    step = said.split()[3].rstrip(";")
+    assert (tmp_path / "out" / f"resume.{step}.pt").is_file()
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments(script, tmp_path):
     """SIGKILL, again and again, and in the end the files of the run that was left alone."""
     out = tmp_path / "out"
@@ -293,12 +356,14 @@ def test_killed_at_random_moments(script, tmp_path):
     assert left(out) == expected
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away(script):
     process = script()
     process.stdout.close()
     assert process.wait() == 141 and process.stderr.read() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 def test_a_work_dir_of_two_megabytes(script, tmp_path):
     out = tmp_path / "out"

@@ -1,8 +1,7 @@
-"""How scripts end, and the numbers their flags take."""
+"""How scripts end."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import pytest
 
 from runtime.errors import Interrupted
-from runtime.flags import at_least, between
 from runtime.script import StopRequest
 
 IMPORTS = "from runtime import script\nfrom runtime.errors import InputError, Interrupted\n"
@@ -73,18 +71,3 @@ def test_stop_request():
             raise RuntimeError
     for number, handler in zip(StopRequest.SIGNALS, before):
         signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("kind, good, bad", [
-    (at_least(1), ["1", "7"], ["0", "-1", "x", "1.5"]),
-    (at_least(0, float), ["0", "1e-9"], ["-1", "nan", "inf"]),
-    (between(-10, 10), ["-10", "0.8", "10"], ["10.1", "nan", "inf"]),
-])
-def test_numbers_of_flags(kind, good, bad):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--n", type=kind)
-    for text in good:
-        assert parser.parse_args([f"--n={text}"]).n == float(text)
-    for text in bad:
-        with pytest.raises(SystemExit):
-            parser.parse_args([f"--n={text}"])

@@ -34,6 +34,7 @@ def work(folder, *words, **variables):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_demo_in_a_miniature(copy):
     done = work(copy, "demo", BASE_STEPS=6, BATCH_SIZE=40, BEAM_BATCH_SIZE=48)
     assert done.returncode == 0, done.stderr
@@ -50,6 +51,7 @@ def test_demo_in_a_miniature(copy):
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 40  # 1600 samples
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("mpirun") and shutil.which("mpicc")), reason="no MPI")
 def test_demo_of_two_processes(copy):
     done = work(copy, "demo", NPROC=2, BASE_STEPS=3, BATCH_SIZE=40, BEAM_BATCH_SIZE=48)
@@ -60,6 +62,7 @@ def test_demo_of_two_processes(copy):
     assert done.stdout.count("gpt2.nano: ") == 2  # base and LoRA, each said once
 
 
+@pytest.mark.slow
 def test_experiment(copy):
     """The seed document's four stages and file names, the last checkpoint's step found."""
     subprocess.run([sys.executable, "data/demo/generate.py", "data/e2e"], cwd=copy, check=True,

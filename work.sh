@@ -4,7 +4,7 @@
 #   bash work.sh          the E2E experiment; needs its data and GPT-2's weights
 #   bash work.sh demo     the same in small on data and a base model made here; needs no download
 #
-# The flags are in src/experiments/. Variables override them, e.g. MODEL_CARD=gpt2.md EPOCHS=1
+# The flags are in data/e2e.ini and data/demo/. Variables override them, e.g. MODEL_CARD=gpt2.md EPOCHS=1
 # bash work.sh; docs/reference.md has all variables. A training run that broke off is continued
 # where it stopped; RESUME=no begins it anew.
 
@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 experiment="${1:-e2e}"
-flags=(@src/experiments/e2e.ini)  # what the variables below do not override
+flags=(@data/e2e.ini)  # what the variables below do not override
 
 case "$experiment" in
 e2e)
@@ -20,7 +20,7 @@ e2e)
     WORK_DIR="${WORK_DIR:-./trained_models/GPT2_M/e2e}"
     ;;
 demo)
-    flags+=(@src/experiments/demo.ini)
+    flags+=(@data/demo/demo.ini)
     MODEL_CARD=""  # not to be overridden
     DATA="${DATA:-./data/demo/work}"
     WORK_DIR="${WORK_DIR:-./trained_models/demo}"
@@ -114,7 +114,7 @@ last_checkpoint() {  # FOLDER
 
 run_e2e() {
     local base checkpoint step predictions
-    MODEL_CARD="${MODEL_CARD:-$(sed -n 's/^model_card *= *//p' src/experiments/e2e.ini)}"
+    MODEL_CARD="${MODEL_CARD:-$(sed -n 's/^model_card *= *//p' data/e2e.ini)}"
     case "$MODEL_CARD" in
     gpt2.sm) base=gpt2-pytorch_model.bin ;;
     gpt2.md) base=gpt2-medium-pytorch_model.bin ;;
@@ -170,7 +170,7 @@ run_demo() {
 
 pretrain() {
     override BASE_STEPS=max_step SEED=random_seed
-    launch src/gpt2_ft.py @src/experiments/demo_base.ini "${overrides[@]}" \
+    launch src/gpt2_ft.py @data/demo/base.ini "${overrides[@]}" \
         --train_data "$DATA/base_train.jsonl" \
         --valid_data "$DATA/base_valid.jsonl" \
         --work_dir "$WORK_DIR/base" \

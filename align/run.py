@@ -67,8 +67,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("--steps and --inputs take numbers from 1 on")
     if not args.strict and len(set(args.seeds)) < 3:
         parser.error("--seeds: a mean with its spread needs three seeds (or add --strict)")
-    names = ["e2e", "demo"] if args.data == "demo" else ["e2e"]
-    args.flags = [ROOT / "src/experiments" / f"{name}.ini" for name in names]
+    args.flags = [ROOT / "data/e2e.ini"]
+    if args.data == "demo":
+        args.flags.append(ROOT / "data/demo/demo.ini")
     args.card = args.card or ("gpt2.nano" if args.data == "demo" else "gpt2.sm")
     if args.base is None and args.data != "demo" and args.card not in PUBLISHED:
         parser.error(f"--card {args.card} has no published weights; add --base FILE or random")

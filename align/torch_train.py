@@ -1,6 +1,6 @@
 """Fine-tunes GPT-2 as src/gpt2_ft.py does, by PyTorch: same flags, logs, metrics, checkpoints.
 
-    python align/torch_train.py @src/experiments/e2e.ini --train_data F --valid_data F
+    python align/torch_train.py @data/e2e.ini --train_data F --valid_data F
 
 In WORK_DIR: train.log (the log lines), metrics.csv (a row a micro-batch) and model.STEP.pt.
 ``--dtype float64`` runs the same training in double precision.

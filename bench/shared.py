@@ -22,7 +22,7 @@ from runtime.script import run  # noqa: E402
 
 WORK = ROOT / "trained_models" / "bench"  # weights and data made here, kept for the next run
 RESULTS = ROOT / "bench" / "results"
-FLAGS = ROOT / "src" / "experiments" / "e2e.ini"
+FLAGS = ROOT / "data" / "e2e.ini"
 SAMPLES = 420  # of E2E's training set, as create_datasets.sh draws them
 
 _ft, _beam = read_flags(FLAGS, "gpt2_ft"), read_flags(FLAGS, "gpt2_beam")

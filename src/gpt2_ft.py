@@ -2,7 +2,7 @@
 
 Reads ``--train_data`` and ``--valid_data`` (src/gpt2_encode.py makes them) and a base model;
 leaves checkpoints, log lines and a loss curve in ``--work_dir``. The experiment's flags are in
-src/experiments/: ``python src/gpt2_ft.py @src/experiments/e2e.ini --train_data ...``.
+data/: ``python src/gpt2_ft.py @data/e2e.ini --train_data ...``.
 """
 
 from __future__ import annotations

@@ -427,7 +427,7 @@ def flags_in(*files: str, section: str) -> dict[str, str]:
     found = {}
     for file in files:
         ini = configparser.ConfigParser(allow_no_value=True, interpolation=None)
-        ini.read(ROOT / "src/experiments" / file)
+        ini.read(ROOT / "data" / file)
         found.update(ini[section])
     return found
 
@@ -444,18 +444,18 @@ def test_defaults_of_work_sh(name):
     seen = set()
     for pairs, script in re.findall(
             r"^ *override ((?:.*\\\n)*.*)\n *launch src/(\w+)\.py", text, re.M):
-        pretrains = "demo_base.ini" in text[text.index(pairs):][:len(pairs) + 100]
+        pretrains = "demo/base.ini" in text[text.index(pairs):][:len(pairs) + 100]
         parser = {flag["names"][0][2:]: flag["default"]
                   for flag in parsers(*STAGES)[f"src/{script}.py"]}
         for variable, flag in re.findall(r"([A-Z_]+)=(\w+)", pairs):
             seen.add(variable)
             e2e, demo = rows[variable]
             if pretrains:
-                assert demo == flags_in("demo_base.ini", section=script)[flag], variable
+                assert demo == flags_in("demo/base.ini", section=script)[flag], variable
                 continue
             assert e2e == flags_in("e2e.ini", section=script).get(flag, parser[flag]), variable
             assert demo.split("为 ")[-1].split()[-1] == flags_in(
-                "e2e.ini", "demo.ini", section=script).get(flag, parser[flag]), variable
+                "e2e.ini", "demo/demo.ini", section=script).get(flag, parser[flag]), variable
     for variable in ("DEVICE", "RESUME", "NPROC"):
         seen.add(variable)
         assert rows[variable] == [unset[variable]] * 2
@@ -469,9 +469,10 @@ def test_defaults_of_work_sh(name):
 @pytest.mark.parametrize("name", REFERENCES)
 def test_flag_files(name):
     table = between(read(name), 1, 2)
-    assert [row.names for row in table] == [["e2e.ini"], ["demo.ini"], ["demo_base.ini"]]
+    assert [row.names for row in table] == [
+        ["data/e2e.ini"], ["data/demo/demo.ini"], ["data/demo/base.ini"]]
     assert {row.names[0] for row in table} == {
-        path.name for path in (ROOT / "src/experiments").iterdir()}
+        str(path.relative_to(ROOT)) for path in (ROOT / "data").rglob("*.ini")}
 
 
 def test_variables_are_found():

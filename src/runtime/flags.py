@@ -58,12 +58,12 @@ def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:
     ini = configparser.ConfigParser(allow_no_value=True, interpolation=None)
     try:
         ini.read_string("\n".join(read_lines(path)), source=str(path))
-    except configparser.ParsingError as error:
-        line = getattr(error, "lineno", None) or error.errors[0][0]
+    except configparser.Error as error:  # some name a line, others list (line, text)
+        line = getattr(error, "lineno", None) or getattr(error, "errors")[0][0]  # noqa: B009
         raise InputError(f"{path}:{line}: not a [section], nor 'flag = value' of a new flag in "
-                         "one; see src/experiments/e2e.ini") from None
+                         "one; see data/e2e.ini") from None
     if section not in ini:
-        raise InputError(f"{path}: no section [{section}]; see src/experiments/e2e.ini")
+        raise InputError(f"{path}: no section [{section}]; see data/e2e.ini")
     return dict(ini[section])
 
 
@@ -77,7 +77,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=description,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                          epilog=f"@FILE stands for the flags in section [{section}] of a file, "
-                                "e.g. @src/experiments/e2e.ini")
+                                "e.g. @data/e2e.ini")
         self.section = section
 
     def parse_args(self, args=None, namespace=None):

@@ -66,7 +66,7 @@ class FTDataset:
 
     @fill_state.setter
     def fill_state(self, state: list[int]) -> None:
-        """Sets the state; raises ValueError if it is none."""
+        """Sets a state that this property gave before."""
         version, _, gauss = self._fill.getstate()
         self._fill.setstate((version, tuple(state), gauss))
 

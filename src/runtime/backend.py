@@ -9,6 +9,7 @@ instant.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.metadata
 import os
@@ -163,6 +164,12 @@ def _import_jittor(on_cuda: bool):
         reason = (str(error).strip().splitlines() or ["unknown"])[-1]
         raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
                          "errors in docs/running.md") from None
+    if jittor_utils.pool_size:
+        # A terminal would send Ctrl-C to Jittor's pool of compilers, too; a worker that dies with
+        # the lock of their queue makes the clean-up at exit wait for ever.
+        jittor_utils.pool_cleanup()
+        jittor_utils.pool_size = 0
+        atexit.unregister(jittor_utils.pool_cleanup)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])

@@ -5,7 +5,7 @@
 // 0.5 (1 + tanh u) is the logistic function of 2 u, and the compiler can vectorise exp.
 DEVICE float gate(float x) {
     float u = 0.7978845608f * (x + 0.044715f * x * x * x);
-    return 1 / (1 + std::exp(smaller(-2 * u, 80.f)));
+    return 1 / (1 + std::exp(min(-2 * u, 80.f)));
 }
 
 KERNEL void bias_gelu(float* y, const float* x, const float* bias, int rows, int columns) {

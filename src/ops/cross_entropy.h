@@ -9,7 +9,7 @@ KERNEL void cross_entropy(float* loss, float* log_sum, const float* logits, cons
         const float* x = logits + (int64_t)n * vocab;
         float high = x[0], exp_sum = 0, sum = 0;
         FOR_COLUMNS (v, vocab) {
-            high = larger(high, x[v]);
+            high = max(high, x[v]);
             sum += x[v];
         }
         high = max_of(high);

@@ -53,12 +53,12 @@ __device__ static T reduce(T x, Combine combine, int columns = 1) {
     return shared[t % columns];
 }
 
-DEVICE float larger(float a, float b) { return fmaxf(a, b); }
-DEVICE float smaller(float a, float b) { return fminf(a, b); }
 DEVICE float sum_of(float x, int columns = 1) {
     return reduce(x, [](float a, float b) { return a + b; }, columns);
 }
-DEVICE float max_of(float x) { return reduce(x, larger); }
+DEVICE float max_of(float x) {
+    return reduce(x, [](float a, float b) { return fmaxf(a, b); });
+}
 #else
 #define DEVICE static inline
 #define KERNEL static
@@ -67,9 +67,9 @@ DEVICE float max_of(float x) { return reduce(x, larger); }
 #define FOR_EACH(i, count) _Pragma("omp parallel for") for (int64_t i = 0; i < count; i++)
 #define FIRST_THREAD true
 #define SYNC
+using std::max;  // CUDA has max and min of its own
+using std::min;
 
-DEVICE float larger(float a, float b) { return std::max(a, b); }
-DEVICE float smaller(float a, float b) { return std::min(a, b); }
 DEVICE float sum_of(float x) { return x; }
 DEVICE float max_of(float x) { return x; }
 #endif

@@ -121,9 +121,9 @@ class RunOptions:
 
 
 class TrainingRun:
-    """Trains on ``train_data`` and leaves files in WORK_DIR:
+    """Trains on ``train_data``, validates on ``valid_data`` and writes files to WORK_DIR.
 
-    train.log, metrics.csv, loss.png, model.STEP.pt, model.best.pt, and until the end
+    These are train.log, metrics.csv, loss.png, model.STEP.pt, model.best.pt, and until the end
     resume.STEP.pt. If there are several processes, process 0 writes. ``say`` gets each log line.
     """
 

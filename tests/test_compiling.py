@@ -57,6 +57,8 @@ def test_other_lines_pass_unchanged():
     lines = [b"a.cc:3:1: error: Compiling Operators(1/4)\n", b"  indented\n", b"50 %\r",
              b"\xff\0\n", b"Compiling Operators (1/4)\n", b"Compiling\n", b"no line end"]
     assert relayed(b"".join(lines)) == lines
+    text = b"\n\na\r\n\nb\n\n"
+    assert b"".join(relayed(text)) == b"".join(relayed(*(bytes([c]) for c in text))) == text
     assert relayed() == [b""] and relayed(b"unfinished") == [b"unfinished"]
 
 
@@ -89,12 +91,26 @@ report = st.tuples(st.integers(0, 99), st.integers(1, 99)).map(
 @given(parts=st.lists(st.one_of(line, report, st.just(b"\n")), max_size=8),
        last=st.sampled_from([b"", b"unfinished"]), draw=st.data())
 def test_wherever_the_bytes_are_split(parts, last, draw):
-    """Of any sequence of lines, reports and empty lines just the lines pass, in their order."""
+    """Reports go, with an empty line before the first and after the last; all else stays."""
     text = b"".join(parts) + last
     cuts = draw.draw(st.lists(st.integers(1, max(1, len(text) - 1)), unique=True, max_size=9))
     ends = [0, *sorted(cuts), len(text)]
     chunks = [text[a:b] for a, b in zip(ends, ends[1:]) if text[a:b]]
-    expected = [part for part in parts if part != b"\n" and not part.startswith(b"Compiling")]
+    expected, reporting, before = [], False, b"\n"
+    for part in parts:
+        empty = part == b"\n" and not before.endswith(b"!\r")
+        if part.startswith(b"Compiling"):
+            if before == b"\n" and expected[-1:] == [b""]:
+                expected.pop()
+            reporting = True
+        elif empty:
+            if not reporting:
+                expected.append(b"")  # an empty line
+            reporting = False
+        else:
+            expected.append(part)
+        before = part
+    expected = [part or b"\n" for part in expected]
     assert b"".join(relayed(*chunks)) == b"".join(expected) + last
 
 

@@ -20,8 +20,8 @@ def beam_attention(qkv: jt.Var, prefix: jt.Var, spans: jt.Var, store: jt.Var | N
     last step itself. store, what this function returned a step ago (None at first), holds keys and
     values of at most ``capacity`` steps of at most ``widest`` rows. All others are float32.
 
-    Returns (R, H, D) and the store, which is one buffer written in place: fetch a step's result
-    before the next step.
+    Returns (R, H, D) and the store, which is one buffer written in place: jt.Vars are lazy, so the
+    caller must sync what it got from a step before the next one, as generator.KeyValueCache does.
     """
     rows, _, heads, depth = qkv.shape
     if wants_plain():

@@ -61,27 +61,32 @@ def watch() -> None:
 
 
 def relay(source: int, write: Callable[[bytes], object]) -> None:
-    """Passes on the lines that can be read from ``source`` until it is closed by all writers.
+    """Passes on what can be read from ``source`` until all its writers have closed it.
 
-    Jittor's reports are shown as progress instead; it puts empty lines around them, which are
-    dropped.
+    Jittor's reports are shown as progress instead, and the empty lines that it writes before the
+    first and after the last of them are dropped.
     """
-    bar, rest = None, b""
+    bar, before, kept, rest = None, b"\n", b"", b""  # kept: empty lines, the last may be Jittor's
     while chunk := os.read(source, 1 << 16):
         *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)
         for line in lines:
             report = REPORT.match(line)
             if report:
+                kept = kept[:-1] if before == b"\n" else kept
                 done, total = map(int, report.groups())
-                if bar is None:
-                    bar = Progress(total, "compiling operators", "operator", period=PERIOD)
+                bar = bar or Progress(total, "compiling operators", "operator", period=PERIOD)
                 bar.update(done - bar.done)
-            elif line != b"\n":
-                write(line)
-            elif bar is not None:
-                bar.close()
-                bar = None
-    write(rest)
+            elif line == b"\n" and (before.endswith(b"\n") or REPORT.match(before)):
+                if bar is None:
+                    kept += line
+                else:
+                    bar.close()
+                    bar = None
+            else:
+                write(kept + line)
+                kept = b""
+            before = line
+    write(kept + rest)
 
 
 if __name__ == "__main__":

@@ -44,16 +44,10 @@ def clean(text: str) -> str:
     return re.sub(r"\s*[\r\n]\s*", " ", text.strip())
 
 
-def standard_tokenize(text: str) -> str:
-    """The text's words and its other characters, separated by blanks."""
-    return " ".join(re.findall(r"\w+|[^\w\s]", text))
-
-
 def post_process(text: str, tokenize: bool, lower: bool) -> str:
-    """The text, in lower case and tokenised if so asked."""
-    if lower:
-        text = text.lower()
-    return standard_tokenize(text) if tokenize else text
+    """The text, if asked in lower case, its words and other characters separated by blanks."""
+    text = text.lower() if lower else text
+    return " ".join(re.findall(r"\w+|[^\w\s]", text)) if tokenize else text
 
 
 def read_keys(path: str, input_file: str, n: int) -> list[int]:

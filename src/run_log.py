@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 from pathlib import Path
 from typing import Callable
@@ -130,9 +131,7 @@ def draw_losses(path: Path, rows: list[tuple[int, float, float | None]]) -> None
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
     window = max(1, len(rows) // 50)
-    sums = [0.0]
-    for loss in losses:
-        sums.append(sums[-1] + loss)
+    sums = [0.0, *itertools.accumulate(losses)]
     means = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)
              for i in range(len(losses))]
     axes.plot(steps, means, color="tab:blue", label=f"training, mean of {window}")
@@ -142,8 +141,6 @@ def draw_losses(path: Path, rows: list[tuple[int, float, float | None]]) -> None
     axes.set(xlabel="micro-batch", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    pyplot.close(figure)
     with replacing(path) as file:
-        file.write(picture.getvalue())
+        figure.savefig(file, format="png", metadata={"Software": None})
+    pyplot.close(figure)

@@ -219,12 +219,13 @@ def test_wrong_flags(decode, samples, flags):
     assert not references.exists() and not predictions.exists()
 
 
-def test_standard_tokenize_splits_at_every_character_that_is_no_word():
+def test_tokenize_splits_at_every_character_that_is_no_word():
     hypothesis = pytest.importorskip("hypothesis")
 
     @hypothesis.given(hypothesis.strategies.text())
     def check(text):
-        assert stage.standard_tokenize(text) == " ".join(" ".join(re.split(r"(\W)", text)).split())
+        split = " ".join(" ".join(re.split(r"(\W)", text)).split())
+        assert stage.post_process(text, tokenize=True, lower=False) == split
 
     check()
 

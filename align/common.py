@@ -1,7 +1,7 @@
-"""What the PyTorch side shares with ``src/``: the manners of a script, file formats, flags.
+"""What the PyTorch side imports from ``src/``: helpers of a script, file formats, flags.
 
-Everything else in this folder is written independently of ``src/``: only then is it evidence that
-the two sides agree.
+Everything else in this folder is written independently of ``src/``. Otherwise, both sides could
+have the same mistake, and the comparison would not find it.
 """
 
 from __future__ import annotations

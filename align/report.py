@@ -1,7 +1,7 @@
-"""Compares what the runs of run.py left, and writes the table, the CSV and the figure of it.
+"""Compares the results of run.py's two sides, and writes the table, the CSV file and the figure.
 
-A run's folder holds setting.json and, for each seed, ``seedSEED/{torch,jittor}`` and perhaps
-``float64`` with metrics.csv, train.log, model.STEP.pt, predict.BATCH_SIZE.{jsonl,log} and
+A run's folder holds setting.json and, for each seed, ``seedSEED/{torch,jittor}`` and, if it was
+run, ``float64`` with metrics.csv, train.log, model.STEP.pt, predict.BATCH_SIZE.{jsonl,log} and
 scores.txt.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from common import InputError, read_jsonl, replacing, torch_file
 
-LOSS_BOUND = 1e-4  # absolute, each step, in nats a token
+LOSS_BOUND = 1e-4  # absolute, each step, in nats per token
 LORA_BOUND = 1e-3  # of each matrix, ||A - B|| / ||B|| in the Frobenius norm
 LR_BOUND = 1e-12  # absolute, each step
 SIDES = {"torch": "PyTorch", "jittor": "Jittor"}
@@ -26,14 +26,14 @@ METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 
 
 def collect(folder: Path, seeds: list[int], batch_sizes: list[int]) -> dict:
-    """All that the report says, ready for JSON; bounds are judged by :func:`broken`."""
+    """All data of the report, ready for JSON; :func:`broken` checks the bounds."""
     (setting,) = read_jsonl(folder / "setting.json", {"name": str}, "run align/run.sh first")
     runs = {seed: _seed(folder / f"seed{seed}", batch_sizes) for seed in seeds}
     return {**setting, "bounds": {"loss": LOSS_BOUND, "lora": LORA_BOUND}, "seeds": runs}
 
 
 def broken(results: dict) -> list[tuple[int, str]]:
-    """(seed, which bound is broken and by what), in the order of the experiment."""
+    """The broken bounds as (seed, description), in the order of the experiment."""
     found = []
     for seed, one in results["seeds"].items():
         loss, lora = one["loss"], one["lora"]
@@ -54,12 +54,12 @@ def broken(results: dict) -> list[tuple[int, str]]:
 
 
 def last_checkpoint(side: Path) -> Path:
-    """The checkpoint of a side's last step, whatever earlier runs left beside it."""
+    """The checkpoint of a side's last step; the folder may have others of earlier runs."""
     return side / f"model.{_rows(side)[-1]['step']}.pt"
 
 
 def _seed(folder: Path, batch_sizes: list[int]) -> dict:
-    """One seed: Jittor's distance to PyTorch, both sides' to float64 if that was run."""
+    """One seed: the distance of Jittor to PyTorch, and of both to float64 if that was run."""
     torch, jittor, exact = (folder / name for name in ("torch", "jittor", "float64"))
     one = _distance(jittor, torch)
     predicted = _predictions(torch, 1)
@@ -73,7 +73,7 @@ def _seed(folder: Path, batch_sizes: list[int]) -> dict:
     one["mean_loss"] = {side: _losses(folder / side).mean() for side in SIDES}
     one["last_losses"] = {side: _losses(folder / side)[-max(1, one["steps"] // 10):].mean()
                           for side in SIDES}
-    if (exact / "scores.txt").is_file():  # the last of its files
+    if (exact / "scores.txt").is_file():  # written last, so the run is complete
         one["float64"] = {side: {**_distance(folder / side, exact), "identical": _same(
             _predictions(folder / side, batch_sizes[0] if side == "jittor" else 1),
             _predictions(exact, 1))} for side in SIDES}
@@ -81,7 +81,7 @@ def _seed(folder: Path, batch_sizes: list[int]) -> dict:
 
 
 def _distance(a: Path, b: Path) -> dict:
-    """How far side ``a`` lies from ``b`` in losses, learning rates and LoRA matrices."""
+    """The distance of side ``a`` to ``b`` in losses, learning rates and LoRA matrices."""
     ours, theirs = _losses(a), _losses(b)
     if len(ours) != len(theirs):
         raise InputError(f"{a}: {len(ours)} steps, but {b} has {len(theirs)}; run both again")
@@ -138,7 +138,7 @@ def _same(a: list[list[int]], b: list[list[int]]) -> int:
 
 
 def _pace(side: Path, size: int) -> float:
-    """Samples a second, as the beam search said."""
+    """Samples per second, from the log of the beam search."""
     said = (side / f"predict.{size}.log").read_text(encoding="utf-8")
     return float(re.findall(r"([\d.]+) samples/s", said)[-1])
 
@@ -184,7 +184,7 @@ def _csv(losses: dict) -> str:
 
 
 def _figure(losses: dict, strict: bool) -> bytes:
-    """A PNG: both loss curves (mean of the seeds, running), below their absolute difference."""
+    """A PNG: both loss curves (running mean, mean of seeds) and their absolute difference."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -258,7 +258,7 @@ def _table(results: dict, faults: list[tuple[int, str]], strict: bool) -> str:
             if exact:
                 table.append((f"{title} to PyTorch in float64: {name}", ["", *(
                     value(exact[seed]) if seed in exact else "" for seed in runs)]))
-    if not strict:  # each side drew its own dropout: nothing is bounded
+    if not strict:  # the dropout masks differ, so no bound applies
         table = [(name, ["", *cells[1:]]) for name, cells in table]
     rows(f"Jittor to PyTorch ({results['inputs']} different test inputs)",
          ["bound", *(f"seed {seed}" for seed in runs)], table)
@@ -287,5 +287,5 @@ def _table(results: dict, faults: list[tuple[int, str]], strict: bool) -> str:
         pair("training, ms/batch (median)", values("ms_per_batch"), 2, np.divide),
         *(pair(f"beam search, samples/s, Jittor's batch size {size}", pace, 2, np.divide)
           for size, pace in paces)])
-    lines.append("Only the ratio is meant; PyTorch's beam search takes one input at a time.")
+    lines.append("Only the ratio is meaningful; PyTorch's beam search takes one input at a time.")
     return "\n".join(lines) + "\n"

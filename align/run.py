@@ -1,9 +1,9 @@
-"""Runs the experiment on both sides, PyTorch's and Jittor's, and compares what they leave.
+"""Runs the experiment on both sides, PyTorch and Jittor, and compares the results.
 
     bash align/run.sh demo|e2e|FOLDER [--strict] [--card CARD] [--base FILE|random] ...
 
-Both sides start from the same base and the same LoRA matrices, see the samples in the same order
-and run one after the other. All they write goes to WORK_DIR/NAME, the report to RESULTS/NAME.
+Both sides start from the same base and the same LoRA matrices, get the samples in the same order
+and run one after the other. Their files are in WORK_DIR/NAME, the report is in RESULTS/NAME.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("data", help="demo (needs bash work.sh demo), e2e, or a folder with "
                         + ", ".join(FILES))
     parser.add_argument("--strict", action="store_true",
-                        help="no LoRA dropout, all must agree: exit code 1 if it does not")
+                        help="no LoRA dropout, and exit code 1 if a difference is too large")
     parser.add_argument("--card", choices=["gpt2.nano", *PUBLISHED],
                         help="size of GPT-2 (default: gpt2.nano for demo, else gpt2.sm)")
     parser.add_argument("--base", metavar="FILE|random", help="base model (default: the demo's "
                         "own, else GPT-2's published weights in pretrained_checkpoints)")
-    parser.add_argument("--steps", type=int, help="micro-batches (default: as work.sh)")
-    parser.add_argument("--seeds", help='(default: "2025", not strict: "2025 2026 2027")')
-    parser.add_argument("--inputs", type=int, help="first so many different inputs of the test "
-                        "set (default: all)")
-    parser.add_argument("--batch_sizes", default="1 8", help="of Jittor's beam search; PyTorch's "
-                        'takes one input at a time (default: "1 8")')
-    parser.add_argument("--train_flags", default="", help="more for both training scripts, e.g. "
+    parser.add_argument("--steps", type=int, help="micro-batches to train (default: as in work.sh)")
+    parser.add_argument("--seeds", help='(default: with --strict "2025", else "2025 2026 2027")')
+    parser.add_argument("--inputs", type=int, help="number of different inputs from the start "
+                        "of the test set (default: all)")
+    parser.add_argument("--batch_sizes", default="1 8", help="batch sizes of Jittor's beam search; "
+                        'PyTorch takes one input at a time (default: "1 8")')
+    parser.add_argument("--train_flags", default="", help="flags for both training scripts, e.g. "
                         '--train_flags="--lr 0.001 --warmup_step 10"')
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")
-    parser.add_argument("--name", help="of the result (default: from the data, card and mode)")
+    parser.add_argument("--name", help="name of the result (default: from data, card and mode)")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "align")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--report_only", action="store_true",
-                        help="run nothing, report again on what lies in the work dir")
+                        help="run nothing, report on the files in --work_dir again")
     args = parser.parse_args()
     try:
         args.seeds = [int(seed) for seed in
@@ -94,7 +94,7 @@ def main() -> None:
     broken = report.broken(results) if args.strict else []
     if broken and not args.report_only:
         for seed in sorted({seed for seed, _ in broken}):
-            log(f"seed {seed}: a bound is broken; how far does float64 lie from either side?")
+            log(f"seed {seed}: a bound is broken; running float64 to compare both sides with it")
             experiment(args, folder, base, seed, "float64")
         results = report.collect(folder, args.seeds, args.batch_sizes)
     table = report.write(args.results / args.name, folder, results, broken, args.strict)
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
-    """Writes the test samples and what the report says of this run; returns the base's file."""
+    """Writes the test samples and the setting of this run; returns the path of the base."""
     data = {"demo": ROOT / "data/demo/work", "e2e": ROOT / "data/e2e"}.get(args.data,
                                                                           Path(args.data))
     remedy = {"demo": "run: bash work.sh demo",
@@ -147,13 +147,13 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, side: str) -> None:
-    """Training, beam search, decoding and scoring of one side, in FOLDER/seedSEED/SIDE."""
+    """Trains, generates, decodes and scores with one side, in FOLDER/seedSEED/SIDE."""
     train, beam = SCRIPTS[side]
     out, lora = folder / f"seed{seed}" / side, folder / f"seed{seed}" / "lora.pt"
     model = [*(f"@{path}" for path in args.flags), "--model_card", args.card,
              "--device", args.device, "--work_dir", out]
     model += ["--dtype", "float64"] if side == "float64" else []
-    # An epoch has at least one step: so many epochs do not end the run before so many steps.
+    # An epoch has at least one step, so with this --max_epoch only --max_step ends the run.
     length = ["--max_step", args.steps, "--max_epoch", args.steps] if args.steps else []
     log(f"== {args.name}, seed {seed}: {side}")
     execute(train, *model, *length, "--random_seed", seed,
@@ -175,14 +175,14 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
 
 
 def execute(script: str, *flags: object) -> str:
-    """Runs a script of this repository and returns what it printed, which is shown, too."""
+    """Runs a script of this repository, shows what it prints and returns that."""
     said = []
     with subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], text=True,
                           stdout=subprocess.PIPE) as process:
         for line in process.stdout:
             log(line.rstrip("\n"))
             said.append(line)
-    if process.returncode == 1:  # it has printed the reason
+    if process.returncode == 1:  # the script has printed the reason
         sys.exit(1)
     if process.returncode != 0:
         raise InputError(f"{script}: ended with exit code {process.returncode}; see above")
@@ -190,7 +190,7 @@ def execute(script: str, *flags: object) -> str:
 
 
 def machine(device: str) -> str:
-    """The machine in words: model and number of the cores, the GPU if one may have been used."""
+    """A description: model and number of the cores, and the GPU if it may have been used."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -3,7 +3,7 @@
 #
 #   bash align/run.sh e2e --strict --card gpt2.nano --base random
 #
-# --help says what else it takes.
+# --help lists all flags.
 
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

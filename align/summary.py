@@ -1,8 +1,8 @@
-"""One table of all results, kept up to date in the READMEs.
+"""Writes one table of all results into the READMEs.
 
-Each document in DOCUMENTS has a place for it, between two comments that a reader of the rendered
-page does not see. A run of align/run.sh that writes to align/results fills all of them, so the
-row of a machine with GPT-2's published weights stands beside those that are there.
+Each document in DOCUMENTS has a place for it between two comments, which the rendered page does
+not show. A run of align/run.sh that writes to align/results fills all of these places with all
+results in that folder, so results from another machine become further rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WORDS = {
                   "BLEU：PyTorch", "Jittor", "CIDEr：PyTorch", "Jittor"],
         "of": "/", "size": "batch size"},
 }
-# document -> (folder of the results as seen from it, language)
+# document -> (path of the results relative to the document, language)
 DOCUMENTS = {"README.md": ("align/results", "en"), "README.cn.md": ("align/results", "cn"),
              "align/README.md": ("results", "en"), "align/README.cn.md": ("results", "cn")}
 
@@ -53,7 +53,7 @@ def publish(root: Path) -> None:
 
 
 def tables(results: list[dict], folder: str, language: str) -> str:
-    """Markdown: a table of the strict runs, one of those with dropout; empty ones are left out."""
+    """Markdown tables of the strict runs and of those with dropout, without empty tables."""
     words, text = WORDS[language], ""
     for kind, row in (("strict", _strict), ("paper", _paper)):
         rows = [[f"[{run['name']}]({folder}/{run['name']}/table.md)", *row(run, words)]

@@ -1,11 +1,11 @@
-"""Beam search as src/gpt2_beam.py does it, by PyTorch and written for clarity.
+"""The beam search of src/gpt2_beam.py in PyTorch, written for clarity.
 
     python align/torch_beam.py --data test.jsonl --init_checkpoint model.1050.pt --lora_dim 4
 
-Writes ``{"id": n, "predict": [eval_len token ids, zeros after the sequence]}`` a line.
+Writes ``{"id": n, "predict": [eval_len token ids, zeros after the sequence]}`` on each line.
 
-It gives what the original gives with a batch of 1. With larger ones the original takes the first
-token of sample b from row b of (batch * beams) rows, which belongs to another sample.
+The result is that of the original with a batch size of 1. With larger batches, the original takes
+the first token of sample b from row b of (batch * beams) rows, which belongs to another sample.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def search(model: GPT2LMHeadModel, query: list[int], *, num_beams: int, eval_len
            min_length: int = 0) -> list[int]:
     """The best continuation of ``query``: at most ``eval_len`` ids, the end token included.
 
-    A beam that ends is worth score / length ** length_penalty and is no longer continued; the
-    first of equals wins. Beams alive after ``eval_len`` tokens compete too. The search stops
-    early only when no beam is alive, for then nothing can change.
+    A beam that ends is rated score / length ** length_penalty and is not continued; the first of
+    the best is the result. Beams that have not ended after ``eval_len`` tokens are rated too. The
+    search stops earlier only if all beams have ended, because then the result cannot change.
     """
     model.eval()
     cache = DynamicCache()
@@ -47,7 +47,7 @@ def search(model: GPT2LMHeadModel, query: list[int], *, num_beams: int, eval_len
 
     history = torch.empty(num_beams, 0, dtype=torch.long, device=model.device)
     scores = torch.full_like(logits[:, 0], -torch.inf)  # (num_beams)
-    scores[0] = 0.0  # all beams are equal yet: the first step continues one of them
+    scores[0] = 0.0  # all beams are still equal: the first step continues one of them
     best, best_score = [], None
 
     for length in range(1, eval_len + 1):
@@ -77,8 +77,8 @@ def restrict(logits: Tensor, history: Tensor, forbidden: Collection[int],
              no_repeat_ngram_size: int, repetition_penalty: float) -> None:
     """Changes ``logits`` (num_beams, V) in place, given what each beam has generated so far.
 
-    In this order: the repetition penalty (Keskar et al., 2019, arXiv:1909.05858), tokens
-    ``forbidden`` for all, tokens that would repeat an n-gram.
+    The order is: the repetition penalty (Keskar et al., 2019, arXiv:1909.05858), tokens that are
+    ``forbidden`` for all beams, tokens that would repeat an n-gram.
     """
     if repetition_penalty != 1.0:
         for beam, tokens in enumerate(history):
@@ -94,7 +94,7 @@ def restrict(logits: Tensor, history: Tensor, forbidden: Collection[int],
 
 
 def repeating(tokens: list[int], n: int) -> list[int]:
-    """The tokens that, put behind ``tokens``, would make one of its n-grams a second time."""
+    """The tokens that would repeat an n-gram of ``tokens`` if they were appended to it."""
     tail = tokens[len(tokens) - n + 1:]
     return [tokens[i + n - 1] for i in range(len(tokens) - n + 1) if tokens[i:i + n - 1] == tail]
 
@@ -107,18 +107,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_file", default="beam_prediction.jsonl",
                         help="name of the output in --work_dir (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive, default=10,
-                        help="samples at once, at most: this program takes one, so that no "
-                             "padding enters; the output is the same for all")
+                        help="largest number of samples at a time; no effect: this program "
+                             "takes one at a time, without padding, and the output is the same")
     parser.add_argument("--beam", type=positive, default=1)
     parser.add_argument("--eval_len", type=positive, default=256,
                         help="tokens to generate at most (default: %(default)s)")
     parser.add_argument("--min_length", type=torch_flags.at_least(0), default=0)
     parser.add_argument("--length_penalty", type=float, default=1.0)
     parser.add_argument("--no_repeat_ngram_size", type=torch_flags.at_least(0), default=4,
-                        help="no n-gram of this many tokens twice; 0: any")
+                        help="no n-gram of this length may occur twice; 0: no limit")
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
     parser.add_argument("--eos_token_id", type=int, action="append", default=[END_OF_TEXT],
-                        help=f"a further end token beside {END_OF_TEXT}; may be repeated")
+                        help=f"an end token in addition to {END_OF_TEXT}; may be repeated")
     return parser.parse_args()
 
 

@@ -31,12 +31,12 @@ def read_samples(path: str | os.PathLike, vocab_size: int = 50257) -> list[dict]
 class FTDataset(Dataset):
     """Padded samples; their number is rounded up to a whole number of batches.
 
-    An index past the end draws a sample at each access from a generator that lives as long as the
-    dataset, so the fillers of one epoch differ from those of the next.
+    An index past the end draws a random sample at each access. The generator is not reset between
+    epochs, so the fillers of one epoch differ from those of the next.
     """
 
     def __init__(self, samples: list[dict], batch_size: int, seq_len: int, joint_lm: bool = False):
-        """``joint_lm`` trains on the context too, not on the completion alone."""
+        """``joint_lm`` trains on context and completion, not only on the completion."""
         self.samples, self.batch_size = samples, batch_size
         self.seq_len, self.joint_lm = seq_len, joint_lm
         self.num_batches = -(-len(samples) // batch_size)
@@ -48,7 +48,7 @@ class FTDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """``id`` () int64; ``input``, ``target`` (seq_len) int64; ``mask`` (seq_len) float32.
 
-        Of a sample cut at seq_len the last position has a target, but is not trained.
+        In a sample cut at seq_len, the last position has a target, but is not trained on.
         """
         if index >= len(self.samples):
             index = self.fillers.randint(0, len(self.samples) - 1)
@@ -69,10 +69,10 @@ class FTDataset(Dataset):
 
 
 def make_loader(dataset: FTDataset, seed: int, drop_last: bool) -> DataLoader:
-    """Batches in the original's order: shuffled by DistributedSampler, as its only process.
+    """Batches in the original's order, that of DistributedSampler with one process.
 
-    ``loader.sampler.set_epoch(n)`` chooses the permutation; training counts n from 1, validation
-    is the same every time (n stays 0).
+    ``loader.sampler.set_epoch(n)`` chooses the permutation. Training counts n from 1; validation
+    always has n = 0.
     """
     sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
     return DataLoader(dataset, dataset.batch_size, sampler=sampler, drop_last=drop_last)

@@ -23,29 +23,29 @@ def at_least(smallest: int) -> Callable[[str], int]:
 
 
 def add_model_flags(parser: argparse.ArgumentParser, card: str) -> None:
-    """Adds the flags that say which model, with which weights, where and in which precision."""
+    """Adds the flags for the model, its weights, the device, the precision and the output."""
     parser.add_argument("--model_card", default=card, choices=list(torch_model.CARDS),
                         help="size of the model (default: %(default)s)")
     parser.add_argument("--init_checkpoint", metavar="FILE",
                         help="a whole model: GPT-2 as published, or one of this experiment")
     parser.add_argument("--lora_checkpoint", metavar="FILE",
-                        help="LoRA weights to put on the base of --init_checkpoint")
+                        help="LoRA weights to add to the base of --init_checkpoint")
     parser.add_argument("--lora_dim", type=at_least(0), default=0, help="rank r; 0 means no LoRA")
     parser.add_argument("--lora_alpha", type=int, default=128,
                         help="the update is scaled by alpha / r (default: %(default)s)")
     parser.add_argument("--seq_len", type=at_least(1), default=512,
-                        help="tokens of a sample, longer ones are cut (default: %(default)s)")
+                        help="tokens of a sample; longer ones are cut (default: %(default)s)")
     parser.add_argument("--work_dir", default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
                         metavar="DIR", help="where output goes (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                         help="where to compute; auto takes a GPU if there is one")
-    # For the proof that a difference is float32's rounding; src/ has no such flag.
+    # To show that a difference is the rounding of float32; src/ has no such flag.
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32",
                         help=argparse.SUPPRESS)
 
 
 def make_model(args: argparse.Namespace, lora_dropout: float = 0.0) -> GPT2LMHeadModel:
-    """The model of the flags, its weights loaded. Raises InputError for what cannot be done."""
+    """The model that the flags describe, with its weights. Raises InputError for wrong flags."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no usable GPU; use --device cpu")
     on_gpu = args.device != "cpu" and torch.cuda.is_available()

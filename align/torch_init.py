@@ -1,9 +1,9 @@
-"""Writes the weights that both sides start from, drawn by PyTorch.
+"""Writes random weights, drawn by PyTorch, from which both sides start.
 
     python align/torch_init.py --model_card gpt2.nano --random_seed 0 --output base.pt
     python align/torch_init.py --model_card gpt2.nano --lora_dim 4 --output lora.pt
 
-Without ``--lora_dim`` a whole random GPT-2, with it LoRA matrices alone, as loralib draws them.
+Without ``--lora_dim`` these are a whole GPT-2; with it, LoRA matrices only, drawn by loralib.
 """
 
 from __future__ import annotations

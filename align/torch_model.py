@@ -1,4 +1,4 @@
-"""GPT-2 with LoRA from well-kept parts: transformers' model, loralib's layer.
+"""GPT-2 with LoRA, made of transformers' model and loralib's layer.
 
 Hu et al., 2021, LoRA (arXiv:2106.09685): the fused query/key/value projection of every layer gets
 a low-rank update on its query and value thirds.
@@ -25,7 +25,7 @@ CARDS = {
     "gpt2.nano": dict(n_layer=4, n_embd=128, n_head=4),
 }
 TIED = ("lm_head.weight", "lm_head.decoder.weight")  # the output embedding: wte under other names
-MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # constants in older files, no weights
+MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # constants in older files, not weights
 
 
 def build(card: str | Mapping[str, int], lora_dim: int = 0, lora_alpha: int = 128,
@@ -34,7 +34,7 @@ def build(card: str | Mapping[str, int], lora_dim: int = 0, lora_alpha: int = 12
 
     ``card`` is a key of :data:`CARDS`, or GPT2Config's own arguments for another size, e.g.
     ``dict(n_layer=2, n_embd=32, n_head=2, vocab_size=100, n_positions=64)``. With ``lora_dim`` > 0
-    only ``lora_*`` trains; 0 means no LoRA and that every weight trains.
+    only ``lora_*`` is trainable; 0 means no LoRA, and every weight is trainable.
     """
     dims = CARDS[card] if isinstance(card, str) else card
     config = GPT2Config(**dims, activation_function="gelu_new", layer_norm_epsilon=1e-5,
@@ -58,7 +58,7 @@ def loss(logits: Tensor, target: Tensor, mask: Tensor, label_smooth: float = 0.0
     """Mean loss of the masked positions in nats, a scalar.
 
     logits (B, T, V), target (B, T) int64, mask (B, T) of 0 and 1. The small number in the
-    denominator is the original's: a batch without a single trained token has loss 0.
+    denominator is the original's: a batch without any trained token has loss 0.
     """
     log_probs = F.log_softmax(logits, dim=-1)
     per_token = -log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1)  # (B, T)
@@ -71,8 +71,8 @@ def loss(logits: Tensor, target: Tensor, mask: Tensor, label_smooth: float = 0.0
 def load_weights(model: GPT2LMHeadModel, path: str | os.PathLike) -> None:
     """Fills the model from a whole checkpoint: GPT-2 as published, or one of this experiment.
 
-    A base without LoRA leaves ``lora_*`` as initialised. Raises InputError for a file that cannot
-    be read, holds LoRA weights only, or whose weights are missing, unexpected or misshapen.
+    With a base without LoRA, ``lora_*`` keeps its initial values. Raises InputError for a file that
+    cannot be read or holds LoRA weights only, and for missing, unexpected or misshapen weights.
     """
     weights = _read(path)
     if weights and all("lora_" in name for name in weights):
@@ -83,7 +83,7 @@ def load_weights(model: GPT2LMHeadModel, path: str | os.PathLike) -> None:
 
 
 def load_lora(model: GPT2LMHeadModel, path: str | os.PathLike) -> None:
-    """Fills the model's ``lora_*`` from a checkpoint, whatever else that holds; errors as above."""
+    """Fills the model's ``lora_*`` from a checkpoint, not its other weights; errors as above."""
     weights = {name: value for name, value in _read(path).items() if "lora_" in name}
     if not weights:
         raise InputError(f"{path}: holds no LoRA weights; give it as --init_checkpoint instead")
@@ -109,7 +109,7 @@ def _read(path: str | os.PathLike) -> dict[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path of the checkpoint") from None
-    except Exception:  # a damaged or hostile file fails in any way it likes
+    except Exception:  # a damaged or hostile file can cause any exception
         raise InputError(f"{path}: damaged, or not a checkpoint of weights alone, by torch or "
                          "safetensors; fetch or write it again") from None
     if isinstance(weights, dict):
@@ -126,16 +126,16 @@ def _read(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _canonical(name: str) -> str:
-    """One name for a weight, whoever wrote it."""
+    """One name for a weight, whichever program wrote the file."""
     name = name.removeprefix("module.").removeprefix("transformer.")
     for short, full in ((".g", ".weight"), (".w", ".weight"), (".b", ".bias")):
-        if name.endswith(short):  # as TensorFlow's GPT-2 calls them
+        if name.endswith(short):  # the names in TensorFlow's GPT-2
             name = name[: -len(short)] + full
     return name
 
 
 def _copy(model: GPT2LMHeadModel, weights: dict[str, Tensor], path, wanted) -> None:
-    """Copies ``weights`` into the parameters whose names are ``wanted``, strictly."""
+    """Copies ``weights`` into the ``wanted`` parameters; names and shapes must match exactly."""
     parameters = {_canonical(name): p for name, p in model.named_parameters()}
     missing = [name for name in parameters if wanted(name) and name not in weights]
     unexpected = [name for name in weights if name not in parameters]

@@ -14,8 +14,8 @@ SCHEDULERS = ("cosine", "inv_sqrt", "dev_perf", "constant", "linear", "cycle")
 class AdamW(torch.optim.Optimizer):
     """Adam whose weight decay comes last and whose bias correction is optional.
 
-    Loshchilov and Hutter, 2019 (arXiv:1711.05101). It is not torch.optim.AdamW, which decays
-    first, always corrects and adds eps to the corrected root.
+    Loshchilov and Hutter, 2019 (arXiv:1711.05101). torch.optim.AdamW is different: it
+    decays first, always corrects the bias, and adds eps to the corrected root.
     """
 
     def __init__(self, params: Iterable, lr: float, betas: tuple[float, float] = (0.9, 0.98),
@@ -25,7 +25,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Moves every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -47,7 +47,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, no_decay_bias: bool = False) -> list[dict]:
-    """The model's parameters for :class:`AdamW`; biases apart, undecayed, if so wished."""
+    """The parameters for :class:`AdamW`; ``no_decay_bias``: biases have no weight decay."""
     if not no_decay_bias:
         return [{"params": list(model.parameters())}]
     named = list(model.named_parameters())
@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module, no_decay_bias: bool = False) -> list[dict
 
 
 class Schedule:
-    """Sets an optimizer's learning rate; ``lr`` is that of the coming micro-batch."""
+    """Sets an optimizer's learning rate; ``lr`` is that of the next micro-batch."""
 
     def __init__(self, rate: Callable[[int], float],
                  optimizer: torch.optim.Optimizer | None = None):
@@ -81,11 +81,11 @@ def make_schedule(scheduler: str, lr: float, max_step: int = 1, warmup_step: int
                   optimizer: torch.optim.Optimizer | None = None) -> Schedule:
     """The schedule of that name, counted in micro-batches.
 
-    linear and constant warm up from 0 to ``lr``; linear then falls to 0 at ``max_step``. cosine
-    always spends its first micro-batch at 0; after the warm-up it follows the half wave that
-    began at step 0, so without ``lr`` being reached if there was one. cycle joins the points
-    (``i_steps``, ``i_lrs``) by lines, starts at the first rate wherever its step lies, and knows
-    no ``lr``. inv_sqrt and dev_perf, two names that the original takes, are ``lr`` throughout.
+    linear and constant warm up from 0 to ``lr``; linear then falls to 0 at ``max_step``. cosine is
+    always 0 in the first micro-batch; after the warm-up it follows half a cosine that begins at
+    step 0, so it does not reach ``lr`` if there is a warm-up. cycle is linear between the points
+    (``i_steps``, ``i_lrs``), has the first rate at step 0 even if the first point is later, and
+    ignores ``lr``. inv_sqrt and dev_perf, which the original accepts, are always ``lr``.
     """
     def warm(step: int) -> float:
         return lr * (step / max(1, warmup_step))

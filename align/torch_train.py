@@ -1,8 +1,8 @@
-"""Fine-tunes GPT-2 as src/gpt2_ft.py does, by PyTorch: same flags, logs, metrics, checkpoints.
+"""Fine-tunes GPT-2 in PyTorch with the flags, logs, metrics and checkpoints of src/gpt2_ft.py.
 
     python align/torch_train.py @data/e2e.ini --train_data F --valid_data F
 
-In WORK_DIR: train.log (the log lines), metrics.csv (a row a micro-batch) and model.STEP.pt.
+WORK_DIR gets train.log (the log lines), metrics.csv (a row for each micro-batch), model.STEP.pt.
 ``--dtype float64`` runs the same training in double precision.
 """
 
@@ -57,7 +57,7 @@ def parse_args() -> argparse.Namespace:
     rule.add_argument("--correct_bias", action="store_true")
     rule.add_argument("--no_decay_bias", action="store_true")
     rule.add_argument("--grad_acc", type=positive, default=1)
-    rule.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0: any")
+    rule.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0: no limit")
     rule.add_argument("--lora_dropout", type=float, default=0.0)
     rule.add_argument("--label_smooth", type=float, default=0.0)
     return parser.parse_args()
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def cycle_points(args: argparse.Namespace) -> tuple[list[int], list[float]]:
-    """--i_steps and --i_lrs as numbers. Raises InputError if they do not make a curve."""
+    """--i_steps and --i_lrs as numbers. Raises InputError if they are no schedule."""
     try:
         i_steps = [int(item) for item in args.i_steps.split(",")]
         i_lrs = [float(item) for item in args.i_lrs.split(",")]
@@ -94,7 +94,7 @@ def cycle_points(args: argparse.Namespace) -> tuple[list[int], list[float]]:
                          "as 0,100,500 and 0,0.0002,0") from None
     if len(i_steps) != len(i_lrs) or sorted(set(i_steps)) != i_steps:
         raise InputError(f"--i_steps {args.i_steps} --i_lrs {args.i_lrs}: give as many rates as "
-                         "steps, the steps rising")
+                         "steps, and the steps in ascending order")
     if args.scheduler == "cycle" and i_steps[-1] < 1:
         raise InputError(f"--i_steps {args.i_steps}: --scheduler cycle ends at its last step; give "
                          "it, e.g. --i_steps 0,100,500 --i_lrs 0,0.0002,0")
@@ -102,7 +102,7 @@ def cycle_points(args: argparse.Namespace) -> tuple[list[int], list[float]]:
 
 
 def last_step(args: argparse.Namespace, i_steps: list[int], batches: int) -> int:
-    """The micro-batch at which the schedule ends, and training at the latest."""
+    """The micro-batch at which the schedule ends; training ends then at the latest."""
     if args.scheduler == "cycle":
         return i_steps[-1]
     if args.max_step is not None:
@@ -113,7 +113,7 @@ def last_step(args: argparse.Namespace, i_steps: list[int], batches: int) -> int
 
 
 def train(model, optimizer, schedule, train_loader, valid_loader, max_step, args) -> None:
-    """Runs all epochs and leaves logs, metrics and checkpoints in ``args.work_dir``."""
+    """Runs all epochs and writes logs, metrics and checkpoints to ``args.work_dir``."""
     work_dir = Path(args.work_dir)
     batches = len(train_loader)
     total = max_step if args.max_epoch is None else min(max_step, args.max_epoch * batches)
@@ -160,7 +160,7 @@ def train(model, optimizer, schedule, train_loader, valid_loader, max_step, args
 
 
 def micro_batches(loader, total: int):
-    """Yields (epoch, number within it, batch), both from 1, until there were ``total``."""
+    """Yields ``total`` times (epoch, number of the batch in it, batch); both count from 1."""
     done = 0
     for epoch in itertools.count(start=1):
         loader.sampler.set_epoch(epoch)
@@ -172,7 +172,7 @@ def micro_batches(loader, total: int):
 
 
 def batch_loss(model, batch: dict, label_smooth: float) -> torch.Tensor:
-    """The loss of one batch, a scalar that can be differentiated."""
+    """The loss of one batch, a differentiable scalar."""
     logits = model(batch["input"].to(model.device), use_cache=False).logits  # (B, T, V)
     return torch_model.loss(logits, batch["target"].to(model.device),
                             batch["mask"].to(model.device, model.dtype), label_smooth)
@@ -192,7 +192,7 @@ def perplexity(loss: float) -> float:
 
 
 class Report:
-    """train.log and metrics.csv in the work folder; each line is there at once."""
+    """Writes train.log and metrics.csv to the work folder, each line immediately."""
 
     def __init__(self, work_dir: Path):
         try:

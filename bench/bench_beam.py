@@ -1,7 +1,7 @@
 """Times beam search with GPT-2 and LoRA: ours, CTranslate2, transformers' generate, align's.
 
-All sides have the same weights (LoRA merged where a side has none) and continue the same contexts
-in alternation: one at a time, then batches side by side for those that can.
+All sides have the same weights (LoRA is merged for sides that do not support it). They continue
+the same contexts in alternation: first one context at a time, then, where supported, in batches.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights, the last "
-                        "model.STEP.pt of src/gpt2_ft.py; without it random ones, of which "
-                        "hardly any beam ends early")
+                        "model.STEP.pt of src/gpt2_ft.py; if it is not given: random weights, "
+                        "with which hardly any beam ends early")
     parser.add_argument("--samples", type=at_least(1), default=8,
                         help="contexts that every side continues one at a time")
     parser.add_argument("--batch_size", type=at_least(2), default=16,
-                        help="contexts side by side, of the sides that can")
-    parser.add_argument("--batches", type=at_least(0), default=2, help="so many of them")
+                        help="contexts at the same time, for the sides that support it")
+    parser.add_argument("--batches", type=at_least(0), default=2, help="number of such batches")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    parser.add_argument("--name", default="beam", help="of the files in bench/results")
+    parser.add_argument("--name", default="beam", help="name of the files in bench/results")
     return parser.parse_args()
 
 
@@ -59,17 +59,17 @@ def main() -> None:
     converted = weights.for_ctranslate2(model)
     data, source = samples.of_e2e("test")
     dataset = FTDataset(data, 1, TRAIN["seq_len"], BEAM["eval_len"])
-    queries = list(dict.fromkeys(dataset.queries()))  # equal ones are searched once by ours
+    queries = list(dict.fromkeys(dataset.queries()))  # ours searches equal contexts only once
     wanted = max(args.samples, args.batches * args.batch_size)
     if len(queries) < wanted:
-        raise InputError(f"{data}: {len(queries)} different contexts, {wanted} are wanted; take "
-                         "smaller --samples, --batches or --batch_size")
+        raise InputError(f"{data}: {len(queries)} different contexts, but {wanted} are needed; "
+                         "use smaller --samples, --batches or --batch_size")
 
     with ExitStack() as stack:
         workers = {side: stack.enter_context(Worker(script)) for side, script in SCRIPTS.items()}
         starts = [worker.ask("start", device=args.device) for worker in workers.values()]
         for side, worker in workers.items():
-            log(f"{NAMES[side]}: loading, then a short search to warm up")
+            log(f"{NAMES[side]}: loading the model, then a short search to warm up")
             worker.ask("load", **({"folder": converted} if side == "ctranslate2" else model))
             for size in (1, args.batch_size) if side in IN_BATCHES else (1,):
                 search(worker, queries[:size], size, eval_len=4)
@@ -82,7 +82,7 @@ def main() -> None:
     report.write(args.name, results, describe(args, results, one, many))
     agreed, searched = one["align"]["agree"], one["align"]["samples"]
     if agreed != searched:
-        raise InputError(f"only {agreed} of {searched} answers are those of align's PyTorch side; "
+        raise InputError(f"only {agreed} of {searched} answers are the same as align's; "
                          "run bash align/run.sh e2e --strict")
 
 
@@ -91,7 +91,7 @@ def search(worker: Worker, queries: list, batch_size: int, **flags) -> dict:
 
 
 def alternate(workers: dict[str, Worker], queries: list, blocks: int, batch_size: int) -> dict:
-    """All sides on the same blocks of ``batch_size`` queries: pace, ratio, agreement with ours."""
+    """Speed, ratio and agreement of all sides on the same blocks of ``batch_size`` queries."""
     paces, ids = {side: [] for side in workers}, {side: [] for side in workers}
 
     def ask(side: str, block: int) -> dict:
@@ -115,22 +115,22 @@ def alternate(workers: dict[str, Worker], queries: list, blocks: int, batch_size
 def describe(args: argparse.Namespace, results: dict, one: dict, many: dict) -> list[str]:
     """The report in Markdown."""
     lines = report.introduction(f"Beam search, {args.card}", results)
-    lines += [f"Beam {BEAM['beam']}, {BEAM['eval_len']} tokens at most, contexts of "
-              f"{TRAIN['seq_len'] - BEAM['eval_len']} at most, length_penalty "
+    lines += [f"Beam {BEAM['beam']}, at most {BEAM['eval_len']} tokens, contexts of at most "
+              f"{TRAIN['seq_len'] - BEAM['eval_len']} tokens, length_penalty "
               f"{BEAM['length_penalty']}, no_repeat_ngram_size {BEAM['no_repeat_ngram_size']}; "
-              f"weights: {results['weights']}; data: {results['data']}. Medians [quartiles] of "
-              "blocks in alternation, a block being a batch.", ""]
+              f"weights: {results['weights']}; data: {results['data']}. Medians [quartiles] over "
+              "blocks of the sides in alternation; a block is one batch.", ""]
     for batch_size, sides in ((1, one), (args.batch_size, many)):
         if sides:
             lines += report.table(
-                [f"batch size {batch_size}", "samples/s", "ours is faster by [over blocks]",
+                [f"batch size {batch_size}", "samples/s", "speed-up of ours [over blocks]",
                  "same ids as ours"],
                 [[NAMES[side], report.cell(of_side["samples_per_s"], 3),
                   report.cell(of_side["ratio"], 2), f"{of_side['agree']} of {of_side['samples']}"]
                  for side, of_side in sides.items()])
-    lines += ["align's algorithm is ours, its ids must be the same. CTranslate2 and `generate` "
-              "end their search by rules of their own, and `generate` bans n-grams of the context, "
-              "too.", ""]
+    lines += ["align uses the same algorithm as ours, so its ids must be the same. CTranslate2 and "
+              "`generate` have other rules for the end of a search, and `generate` also forbids "
+              "n-grams of the context.", ""]
     return lines
 
 

@@ -1,7 +1,7 @@
-"""Times training and beam search against batch size, sequence length and size of the model.
+"""Times training and beam search for several batch sizes, sequence lengths and model sizes.
 
-Ours and align's PyTorch side, in alternation. One thing varies at a time, the others stay at the
-experiment's: batch 2, 64 tokens. All samples fill their sequence: there is no padding to save.
+Ours and align's PyTorch side run in alternation. One setting varies at a time; the others are the
+experiment's (batch size 2, 64 tokens). All samples have the full length: there is no padding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAMES = {"ours": "ours (Jittor)", "align": "align (PyTorch)"}
 
 
 def numbers(text: str) -> list[int]:
-    """An argparse type: "1,2,4"."""
+    """An argparse type: integers such as "1,2,4"."""
     values = [int(item) for item in text.split(",")]
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text}: all must be 1 or more")
@@ -33,10 +33,10 @@ def numbers(text: str) -> list[int]:
 
 
 def cards(text: str) -> list[str]:
-    """An argparse type: "gpt2.nano,gpt2.sm"."""
+    """An argparse type: model cards such as "gpt2.nano,gpt2.sm"."""
     for card in text.split(","):
         if card not in MODEL_CARDS:
-            raise argparse.ArgumentTypeError(f"{card} is none of {', '.join(MODEL_CARDS)}")
+            raise argparse.ArgumentTypeError(f"{card} is not one of {', '.join(MODEL_CARDS)}")
     return text.split(",")
 
 
@@ -46,20 +46,21 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--cards", type=cards, default="gpt2.nano,gpt2.sm", help="sizes of GPT-2")
     parser.add_argument("--batch_sizes", type=numbers, default="1,2,4,8",
-                        help=f"at {TRAIN['seq_len']} tokens")
+                        help=f"batch sizes of training, at {TRAIN['seq_len']} tokens")
     parser.add_argument("--seq_lens", type=numbers, default="32,64,128,256",
-                        help=f"at batch size {TRAIN['batch_size']}")
+                        help="sequence lengths of training, at batch size "
+                        f"{TRAIN['batch_size']}")
     parser.add_argument("--beam_sizes", type=numbers, default="1,4,16",
-                        help="contexts searched side by side")
+                        help="contexts that beam search takes at the same time")
     parser.add_argument("--rounds", type=at_least(1), default=5,
-                        help="blocks of each side at a setting, at most")
+                        help="largest number of blocks of each side for a setting")
     parser.add_argument("--seconds", type=at_least(0, float), default=6.0,
-                        help="no further block at a setting once so many are spent on it")
+                        help="no further block for a setting after so many seconds")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    parser.add_argument("--name", default="scale", help="of the files in bench/results")
+    parser.add_argument("--name", default="scale", help="name of the files in bench/results")
     args = parser.parse_args()
     if not all(2 <= length <= 1024 for length in args.seq_lens):
-        parser.error("--seq_lens: the models read from 2 to 1024 tokens")
+        parser.error("--seq_lens: give lengths from 2 to 1024 tokens")
     return args
 
 
@@ -73,7 +74,7 @@ def main() -> None:
         workers = {side: stack.enter_context(Worker(script)) for side, script in SIDES.items()}
         starts = [worker.ask("start", device=args.device) for worker in workers.values()]
         for card in args.cards:
-            log(f"{card}: loading")
+            log(f"{card}: loading the model")
             model = weights.random_model(card)
             for worker in workers.values():
                 worker.ask("load", **model, lora_dropout=TRAIN["lora_dropout"])
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, ask: Callable[[str, int], list[float]]) -> dict:
-    """What ``ask`` measures of the sides in turns, while time is left: medians, ratio."""
+    """Medians and ratio of what ``ask`` measures on both sides until the time is used up."""
     blocks, started = {side: [] for side in SIDES}, time.perf_counter()
     for answers in in_turns(SIDES, args.rounds, ask):
         for side, answer in answers.items():
@@ -108,7 +109,7 @@ def measure(args: argparse.Namespace, ask: Callable[[str, int], list[float]]) ->
 
 def train(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int,
           seq_len: int) -> dict:
-    """Milliseconds a micro-batch."""
+    """Measures milliseconds per micro-batch."""
     block = TRAIN["grad_acc"]
     flags = {flag: value for flag, value in TRAIN.items() if flag != "lora_dropout"}
     flags.update(batch_size=batch_size, seq_len=seq_len,
@@ -116,12 +117,12 @@ def train(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int,
     for worker in workers.values():
         worker.ask("start_training", **flags)
         worker.ask("train", steps=block)  # to warm up
-    # One figure for the micro-batches of an update: only the last of them has the update.
+    # The mean over an update, because only its last micro-batch includes the optimizer step.
     return measure(args, lambda side, _: [mean(workers[side].ask("train", steps=block)["ms"])])
 
 
 def search(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int) -> dict:
-    """Samples a second; align's side always takes one at a time."""
+    """Measures samples per second; align's side always takes one sample at a time."""
     data = samples.of_length(TRAIN["seq_len"], count=batch_size)
     queries = FTDataset(data, 1, TRAIN["seq_len"], BEAM["eval_len"]).queries()
     sizes = {"ours": batch_size, "align": 1}
@@ -139,21 +140,21 @@ def search(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int
 def describe(results: dict) -> list[str]:
     """The report in Markdown."""
     lines = report.introduction("Cost against size", results)
-    lines += ["Medians [quartiles]. Training as in the experiment but for what the table varies; "
-              "all samples fill their sequence.", ""]
+    lines += ["Medians [quartiles]. Training has the flags of the experiment except those that the "
+              "table varies; all samples have the full length.", ""]
     for card, settings in results["training"].items():
         lines += report.table(
             [f"{card}, training: batch x tokens", *(f"{name}, ms/batch" for name in NAMES.values()),
-             "ours takes of it"],
+             "our time / align's time"],
             [[f"{one['batch_size']} x {one['seq_len']}",
               *(report.cell(one[side], 1) for side in SIDES), report.cell(one["ratio"], 3)]
              for one in settings])
-    lines += [f"Beam search, beam {BEAM['beam']}, {BEAM['eval_len']} tokens; align's takes one "
-              "context at a time whatever the batch size.", ""]
+    lines += [f"Beam search, beam {BEAM['beam']}, {BEAM['eval_len']} tokens; align's side takes "
+              "one context at a time at every batch size.", ""]
     for card, settings in results["beam"].items():
         lines += report.table(
             [f"{card}, beam search: batch", *(f"{name}, samples/s" for name in NAMES.values()),
-             "ours is faster by"],
+             "speed-up of ours"],
             [[one["batch_size"], *(report.cell(one[side], 3) for side in SIDES),
               report.cell(one["ratio"], 2)] for one in settings])
     return lines

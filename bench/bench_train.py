@@ -1,7 +1,7 @@
-"""Times training of GPT-2 with LoRA on E2E: a micro-batch, peak memory, the way to the first step.
+"""Measures training of GPT-2 with LoRA on E2E: time of a micro-batch, start-up time, peak memory.
 
-Ours, align's PyTorch side and transformers + peft train on the same batches in alternation. Beside
-them, in the same run, the speed of float32 matrix products, of which each side's share is given.
+Ours, align's PyTorch side and transformers + peft train on the same batches in alternation. The
+same run measures the speed of float32 matrix products, to which the speed of each side is compared.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     parser.add_argument("--rounds", type=at_least(1), default=8, help="blocks of each side")
     parser.add_argument("--block", type=at_least(1), default=4,
-                        help="micro-batches a block; a multiple of grad_acc")
+                        help="micro-batches of a block; a multiple of grad_acc")
     parser.add_argument("--warm_up", type=at_least(1), default=10,
                         help="micro-batches of each side before its first block")
     parser.add_argument("--runs", type=at_least(0), default=3,
-                        help="whole runs of each program for memory and start; 0: none")
+                        help="whole runs of each program, for memory and start-up time; 0: none")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    parser.add_argument("--name", default="train", help="of the files in bench/results")
+    parser.add_argument("--name", default="train", help="name of the files in bench/results")
     args = parser.parse_args()
     for flag in ("block", "warm_up"):
         if getattr(args, flag) % TRAIN["grad_acc"]:
@@ -76,21 +76,21 @@ def main() -> None:
 
 
 def steps(args: argparse.Namespace, model: dict, data: Path) -> dict:
-    """Micro-batches and matrix products of all sides in alternation."""
+    """Times micro-batches and matrix products of all sides in alternation."""
     with ExitStack() as stack:
         workers = {side: stack.enter_context(Worker(script)) for side, script in SIDES.items()}
         starts = {side: worker.ask("start", device=args.device)
                   for side, worker in workers.items()}
         for side, worker in workers.items():
-            log(f"{NAMES[side]}: loading, then {args.warm_up} micro-batches to warm up")
+            log(f"{NAMES[side]}: loading the model, then {args.warm_up} micro-batches to warm up")
             worker.ask("load", **model, lora_dropout=TRAIN["lora_dropout"])
             worker.ask("start_training", data=str(data), **{
                 flag: value for flag, value in TRAIN.items() if flag != "lora_dropout"})
             worker.ask("train", steps=args.warm_up)
 
-        blocks = {side: [] for side in SIDES}  # milliseconds of each micro-batch of each block
+        blocks = {side: [] for side in SIDES}  # ms, [block][micro-batch]
         losses = {side: [] for side in SIDES}
-        products = {side: [] for side in ("ours", "align")}  # of each round: of each shape: ms
+        products = {side: [] for side in ("ours", "align")}  # ms, [round][shape][repeat]
 
         def block(side: str, _: int) -> dict:
             return workers[side].ask("train", steps=args.block)
@@ -115,7 +115,7 @@ def steps(args: argparse.Namespace, model: dict, data: Path) -> dict:
 def judge(args: argparse.Namespace, data: Path, blocks: dict, products: dict) -> dict:
     """Medians, ratios, and the share of the matmul speed that each side reaches."""
     acc = TRAIN["grad_acc"]
-    # A figure is the mean of the micro-batches of one update: only one of them has the update.
+    # Means over an update, because only its last micro-batch includes the optimizer step.
     updates = {side: [[sum(block[n:n + acc]) / acc for n in range(0, args.block, acc)]
                       for block in of_side] for side, of_side in blocks.items()}
     needed = needed_flops(args, data)
@@ -138,7 +138,7 @@ def judge(args: argparse.Namespace, data: Path, blocks: dict, products: dict) ->
 
 
 def needed_flops(args: argparse.Namespace, data: Path) -> list[int]:
-    """What each timed micro-batch needs, see flops.py."""
+    """The operations that each timed micro-batch needs, see flops.py."""
     dataset = FTDataset(data, TRAIN["batch_size"], TRAIN["seq_len"])
     last = args.warm_up + args.rounds * args.block
     batches = (batch for epoch in range(1, last + 1)
@@ -150,7 +150,7 @@ def needed_flops(args: argparse.Namespace, data: Path) -> list[int]:
 def programs(args: argparse.Namespace, model: dict, data: Path) -> dict:
     """Whole runs of the two training programs: peak memory, seconds to the first step.
 
-    Each runs once before: Jittor's operators are compiled then, and the files in memory.
+    Each first runs once untimed, so that Jittor's operators are compiled and the files cached.
     """
     found = {side: {"first_step_s": [], "peak_mib": []} for side in PROGRAMS}
     with Progress(args.runs + 1, "whole runs", "round") as bar:
@@ -167,7 +167,7 @@ def programs(args: argparse.Namespace, model: dict, data: Path) -> dict:
 
 def whole_run(args: argparse.Namespace, model: dict, data: Path,
               program: str) -> tuple[float, float]:
-    """Seconds from the program's start to its first step's end, MiB of its peak memory."""
+    """Seconds from the start of the program to the end of its first step; peak memory in MiB."""
     flags = {"train_data": data, "valid_data": data, "model_card": args.card,
              "init_checkpoint": model["base"], "lora_checkpoint": model["lora"],
              "max_step": 4, "log_interval": 1, "device": args.device}
@@ -201,15 +201,16 @@ def describe(args: argparse.Namespace, results: dict) -> list[str]:
     lines += [f"Batch {TRAIN['batch_size']}, seq_len {TRAIN['seq_len']}, grad_acc "
               f"{TRAIN['grad_acc']}, LoRA r {LORA['r']}, alpha {LORA['alpha']}, dropout "
               f"{TRAIN['lora_dropout']}, label_smooth {TRAIN['label_smooth']}; data: "
-              f"{results['data']}. {count} micro-batches a side in alternating blocks of {block}, "
-              f"after {results['warm_up']} to warm up. Medians [quartiles].", ""]
+              f"{results['data']}. {count} micro-batches of each side in alternating blocks of "
+              f"{block}, after {results['warm_up']} to warm up. Medians [quartiles].", ""]
     lines += report.table(
-        ["", "ms/batch", "ours takes of it [over blocks]", "GFLOP/s", "of the limit"],
+        ["", "ms/batch", "our time / its time [over blocks]", "GFLOP/s", "share of the limit"],
         [[NAMES[side], cell(one["ms_per_batch"], 1), cell(results["ratios"].get(side), 3),
           cell(one["gflops"], 1), f"{one['of_limit']:.1%}"] for side, one in sides.items()])
-    lines += [f"GFLOP/s: what the task itself needs, {needed['median']:.1f} [{needed['q1']:.1f}, "
-              f"{needed['q3']:.1f}] GFLOP a micro-batch (bench/flops.py says what counts), over "
-              "the time. The limit is the best float32 matrix product of this run, "
+    lines += [f"GFLOP/s: the operations that the task needs, {needed['median']:.1f} "
+              f"[{needed['q1']:.1f}, {needed['q3']:.1f}] GFLOP per micro-batch (bench/flops.py "
+              "defines what is counted), divided by the time. The limit is the fastest float32 "
+              "matrix product of this run, "
               f"{results['limit_gflops']:.0f} GFLOP/s:", ""]
     lines += report.table(
         ["GFLOP/s", *(f"({m}, {k}) x ({k}, {n})" for m, k, n in results["matmul_shapes"])],
@@ -217,10 +218,10 @@ def describe(args: argparse.Namespace, results: dict) -> list[str]:
           *(f"{s:.0f}" for s in speeds)]
          for side, speeds in results["matmul_gflops"].items()])
     if "programs" in results:
-        lines += [f"Whole runs of 4 micro-batches, warm cache, {args.runs} each in alternation:",
-                  ""]
+        lines += ["Whole runs of 4 micro-batches with warm caches, "
+                  f"{args.runs} of each program in alternation:", ""]
         lines += report.table(
-            ["", "start to first step done, s", "peak memory, MiB"],
+            ["", "start to end of first step, s", "peak memory, MiB"],
             [[f"`{PROGRAMS[side]}`", cell(one["first_step_s"], 1), cell(one["peak_mib"], 0)]
              for side, one in results["programs"].items()])
     return lines

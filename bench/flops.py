@@ -1,16 +1,16 @@
-"""The floating-point operations that a micro-batch of LoRA training needs, whoever computes it.
+"""The floating-point operations that a micro-batch of LoRA training needs in any program.
 
-Counted are the multiplications and additions of matrix products, 2 K for each of the M x N
-results; what is done element by element (GELU, softmax, LayerNorm, dropout, AdamW) is not, nor is
-anything computed twice. And only what the result depends on:
+The count is the multiplications and additions of matrix products, 2 K for each of the M x N
+results. Element-wise operations (GELU, softmax, LayerNorm, dropout, AdamW) are not counted, and
+nothing is counted twice. The count includes only what the result depends on:
 
-- no padding, and no token behind a sample's last target;
+- no padding, and no token after a sample's last target;
 - logits only of positions that have a target;
-- attention looks left: position i has i + 1 keys;
-- the last layer's keys and values serve all positions, its query and all behind it only those
-  that have a target;
-- frozen weights need no gradient, and below the first layer's LoRA matrices nothing does: not
-  its key, not its input.
+- attention is causal: position i has i + 1 keys;
+- the last layer needs keys and values of all positions, but the query and everything after it
+  only of those that have a target;
+- frozen weights need no gradient, and nothing below the first layer's LoRA matrices needs one:
+  neither its key nor its input.
 
 Names: C = n_embd, V = vocab_size, r = LoRA's rank; LoRA is on query and value.
 """
@@ -28,7 +28,7 @@ def micro_batch(mask: np.ndarray, config: GPT2Config, r: int) -> int:
 
 
 def _sample(targets: np.ndarray, config: GPT2Config, r: int) -> int:
-    """Of one sample, whose ``targets`` are the positions that have one, rising."""
+    """FLOPs of a sample; ``targets`` are the positions that have a target, in ascending order."""
     tokens = int(targets[-1]) + 1
     head = 2 * len(targets) * config.n_embd * config.vocab_size
     total = 2 * head  # the logits, and the gradient of their input
@@ -42,7 +42,7 @@ def _sample(targets: np.ndarray, config: GPT2Config, r: int) -> int:
 
 
 def _layer(tokens: int, rows: int, pairs: int, width: int, r: int, first: bool) -> int:
-    """Of one block: keys and values of ``tokens``, ``pairs`` of query and key, ``rows`` beyond."""
+    """FLOPs of a layer: ``tokens`` keys and values, ``pairs`` in attention, the rest for ``rows``."""
     square = 2 * width * width  # one row times a C x C matrix
     thin = 2 * width * r  # one row times a C x r matrix
     qkv = (rows + 2 * tokens) * square
@@ -50,9 +50,9 @@ def _layer(tokens: int, rows: int, pairs: int, width: int, r: int, first: bool) 
     lora = (rows + tokens) * thin  # one of LoRA's products, on query and value
     attend = 2 * pairs * width  # one of attention's products
     forward = qkv + rest + 2 * lora + 2 * attend
-    # LoRA: gradients of B, of A and of what is between. Attention: of value, weights, query.
+    # LoRA: gradients of B, A and x A. Attention: gradients of value, weights and query.
     backward = rest + 3 * lora + 3 * attend
-    if not first:  # of the input through W and through A, of the key
+    if not first:  # gradients of the input (through W and A) and of the key
         backward += qkv + lora + attend
     return forward + backward
 

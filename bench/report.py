@@ -1,4 +1,4 @@
-"""Medians and their spread, and the files that a bench leaves in bench/results/."""
+"""Medians and quartiles, and the files that a benchmark writes to bench/results/."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def ratio(blocks: list[list[float]], other: list[list[float]]) -> dict[str, float]:
-    """How the figures of one side, block by block, stand to those of another.
+    """The ratio of one side's figures, given block by block, to those of another side.
 
-    ``of_medians`` is the ratio of the medians of all figures; median and quartiles are those of
-    the blocks' own ratios of medians.
+    ``of_medians`` is the ratio of the medians of all figures. The median and the quartiles are
+    those of the ratios of single blocks, each a ratio of two medians.
     """
     return {"of_medians": float(np.median(np.concatenate(blocks))
                                 / np.median(np.concatenate(other))),
@@ -35,7 +35,7 @@ def ratio(blocks: list[list[float]], other: list[list[float]]) -> dict[str, floa
 
 
 def setting(starts: Iterable[dict], device: str) -> dict:
-    """What the reader of a result must know; ``starts``: what the sides' ``start`` returned."""
+    """The conditions of a result; ``starts`` holds what the sides' ``start`` returned."""
     starts = list(starts)
     versions = {"python": platform.python_version()}
     for start in starts:
@@ -47,7 +47,7 @@ def setting(starts: Iterable[dict], device: str) -> dict:
 
 
 def machine(device: str) -> str:
-    """Processor, cores and memory in words, and the graphics card where it was used."""
+    """A description of processor, cores and memory, and of the GPU if it was used."""
     cpu = platform.processor() or platform.machine()
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):
@@ -68,7 +68,7 @@ def _lines(path: str) -> list[str]:
 
 
 def table(head: list[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """A Markdown table, its first column words and the others numbers, and an empty line."""
+    """A Markdown table (the first column is text, the others are numbers) and an empty line."""
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
 
@@ -84,7 +84,7 @@ def cell(values: dict | None, digits: int) -> str:
 def introduction(title: str, results: dict) -> list[str]:
     """The head of a report."""
     return [f"# {title}", "", f"    {results['command']}", "",
-            f"Machine: {results['machine']}; {'/'.join(map(str, results['threads']))} threads a "
+            f"Machine: {results['machine']}; {'/'.join(map(str, results['threads']))} threads per "
             f"side, {results['dtype']}, device {results['device']}. Versions: " + ", ".join(
                 f"{name} {version}" for name, version in results["versions"].items()) + ".", ""]
 

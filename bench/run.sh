@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Times this project beside others in one run:
+# Measures this project and other programs in the same run:
 #
 #   bash bench/run.sh train    a training step, memory, start-up
 #   bash bench/run.sh beam     beam search
 #   bash bench/run.sh scale    cost against batch size, sequence length and model size
 #
-# Behind the name come the bench's own flags, see --help. Results: bench/results/.
+# The benchmark's own flags follow its name; --help lists them. Results go to bench/results/.
 
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,4 +1,4 @@
-"""The samples that all sides train on and continue: E2E's if they are at hand, else like them."""
+"""The samples for all sides: E2E's if data/e2e/ has them, else random ones of similar lengths."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import numpy as np
 
 from shared import ROOT, SAMPLES, WORK, write_jsonl
 
-# E2E's training set as create_datasets.sh draws it, in tokens: mean, deviation and ends.
+# Lengths in E2E's training set, as create_datasets.sh draws it, in tokens: mean, standard
+# deviation, minimum, maximum.
 CONTEXT = (29.0, 6.6, 13, 42)
 COMPLETION = (25.2, 8.1, 10, 56)
-SHARE = COMPLETION[0] / (CONTEXT[0] + COMPLETION[0])  # of a sample's tokens that are learned
+SHARE = COMPLETION[0] / (CONTEXT[0] + COMPLETION[0])  # share of the tokens that are trained on
 
 
 def of_e2e(name: str) -> tuple[Path, str]:
-    """The file of "train" or "test" and where it is from, in words."""
+    """The file of "train" or "test", and a description of its source."""
     path = ROOT / "data" / "e2e" / f"{name}.jsonl"
     if path.is_file():
         return path, f"data/e2e/{name}.jsonl"
@@ -27,7 +28,7 @@ def of_e2e(name: str) -> tuple[Path, str]:
 
 
 def of_length(tokens: int, count: int) -> Path:
-    """``count`` samples of random tokens, each just so long; E2E's share of them is learned."""
+    """``count`` samples of ``tokens`` random tokens, trained on the same share of them as E2E."""
     completion = round(tokens * SHARE)
     path = WORK / f"random_{tokens}.jsonl"
     _write(path, [(tokens - completion, completion)] * count, np.random.default_rng(tokens))

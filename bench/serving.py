@@ -1,7 +1,7 @@
-"""The child's half of a bench: a side that loads its libraries once and then answers requests.
+"""The child process of a benchmark: a side that loads its libraries once, then answers requests.
 
-A request is a JSON object a line on stdin, ``{"call": METHOD, "with": {...}}``; the answer, a line
-on stdout, is ``{"value": ...}`` or ``{"error": TEXT}``. See workers.py for the parent's half.
+A request is one line of JSON on stdin, ``{"call": METHOD, "with": {...}}``. The answer is one line
+on stdout, ``{"value": ...}`` or ``{"error": TEXT}``. See workers.py for the parent process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 
 
 def serve(side: object) -> None:
-    """Answers with the methods of ``side`` until stdin ends."""
-    # Libraries print what they like: the pipe is ours alone, their stdout becomes stderr.
+    """Answers requests with the methods of ``side`` until stdin ends."""
+    # Libraries may print to stdout: send that to stderr, so that the pipe has only answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = {"value": getattr(side, request["call"])(**request["with"])}
-        except Exception as error:  # the parent ends the run with it
+        except Exception as error:  # the parent raises InputError with this text
             answer = {"error": str(error) or type(error).__name__}
         answers.write(json.dumps(answer) + "\n")

@@ -1,4 +1,4 @@
-"""What the parent processes of all benches share with ``src/``: data, flags, a script's manners.
+"""What the parent processes of all benchmarks import from ``src/``, and the experiment's flags.
 
 A parent computes nothing that is timed and imports neither Jittor nor PyTorch.
 """
@@ -20,10 +20,10 @@ from runtime.formats import read_jsonl, replacing, write_jsonl  # noqa: E402
 from runtime.progress import Progress, log  # noqa: E402
 from runtime.script import run  # noqa: E402
 
-WORK = ROOT / "trained_models" / "bench"  # weights and data made here, kept for the next run
+WORK = ROOT / "trained_models" / "bench"  # generated weights and data, kept for the next run
 RESULTS = ROOT / "bench" / "results"
 FLAGS = ROOT / "data" / "e2e.ini"
-SAMPLES = 420  # of E2E's training set, as create_datasets.sh draws them
+SAMPLES = 420  # size of E2E's training set, as create_datasets.sh draws it
 
 _ft, _beam = read_flags(FLAGS, "gpt2_ft"), read_flags(FLAGS, "gpt2_beam")
 LORA = {"r": int(_ft["lora_dim"]), "alpha": int(_ft["lora_alpha"])}

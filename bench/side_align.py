@@ -1,4 +1,4 @@
-"""align/ as a side of the benches: PyTorch as the original program uses it."""
+"""align/ as a side of the benchmarks: PyTorch as the original program uses it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Side(TorchSide):
         self.model.train()
 
     def micro_batch(self) -> float:
-        """torch_train.train's loop body."""
+        """The loop body of torch_train.train."""
         loss = torch_train.batch_loss(self.model, next(self.batches), self.label_smooth)
         (loss / self.grad_acc).backward()
         if (self.schedule.done + 1) % self.grad_acc == 0:
@@ -43,7 +43,7 @@ class Side(TorchSide):
 
     def search(self, queries: list[list[int]], batch_size: int, beam: int, eval_len: int,
                length_penalty: float, no_repeat_ngram_size: int, eos: list[int]) -> dict:
-        """One query after the other, whatever the batch size: torch_beam has no batches."""
+        """Searches one query at a time at every batch size: torch_beam has no batches."""
         started = time.perf_counter()
         found = [torch_beam.search(self.model, query, num_beams=beam, eval_len=eval_len,
                                    eos=set(eos), length_penalty=length_penalty,

@@ -1,4 +1,4 @@
-"""CTranslate2 in float32 as a side of the beam bench; side_transformers.py writes its model."""
+"""CTranslate2 in float32 as a side of bench_beam.py; side_transformers.py converts the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serving import serve
 
 class Side:
     def start(self, device: str) -> dict:
-        """What runs here, in words."""
+        """The versions and the number of threads."""
         self.device, self.threads = device, len(os.sched_getaffinity(0))
         return {"versions": {"ctranslate2": ctranslate2.__version__}, "threads": self.threads}
 

@@ -1,4 +1,4 @@
-"""This project as a side of the benches: the model, the step and the search of its scripts."""
+"""This project as a side of the benchmarks: model, training step and search of its scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from serving import serve  # noqa: E402
 
 class Side:
     def start(self, device: str) -> dict:
-        """Imports Jittor; what runs here, in words."""
+        """Imports Jittor; returns the versions and the number of threads."""
         backend.start(device, seed=1)
         return {"versions": {name: metadata.version(name) for name in ("jittor", "numpy")},
                 "threads": len(os.sched_getaffinity(0))}
@@ -46,7 +46,7 @@ class Side:
 
         lora.mark_only_lora_as_trainable(self.model)
         trained = lora.lora_state_dict(self.model)
-        self.generator = None  # of the weights before
+        self.generator = None  # it has a copy of the weights before training
         self.trainer = Trainer(
             self.model, AdamW(trained, beta2=beta2, weight_decay=weight_decay),
             make_schedule("linear", lr, warmup_step, max_step, [], []),
@@ -81,7 +81,7 @@ class Side:
         return {"seconds": time.perf_counter() - started, "ids": ids}
 
     def matmul(self, shapes: list[tuple[int, int, int]], repeats: int) -> list[list[float]]:
-        """Milliseconds of each repeat of each (m, k) x (k, n) product, by the faster of two."""
+        """Milliseconds of each repeat of each (m, k) x (k, n) product, of the faster function."""
         import jittor as jt
 
         import ops

@@ -1,8 +1,8 @@
-"""transformers as a side of the benches: with peft for training, its generate for beam search.
+"""transformers as a side of the benchmarks: peft for training, ``generate`` for beam search.
 
-As a user with an eye on speed would run it: PyTorch's fused attention, batches padded to their
-longest sample and, padded on the right, without an attention mask, which that attention would pay
-for. Its LoRA is peft's, on the whole of c_attn, its loss transformers' own (no label smoothing).
+The settings are for speed: PyTorch's fused attention, and batches padded to their longest sample.
+Padding on the right needs no attention mask, which would make fused attention slower. LoRA is
+peft's, on the whole of c_attn; the loss is transformers' own (no label smoothing).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Side(TorchSide):
 
     def load(self, card: str, base: str, lora: str | None, r: int, alpha: int,
              lora_dropout: float = 0.0) -> None:
-        """``lora`` is merged into the base, where ``base`` is not a whole model already."""
+        """Merges LoRA into the base; without ``lora``, the file ``base`` has both."""
         self.optimizer = None
         self.model = merged(card, base, lora, r, alpha).to(self.device).eval()
         self.lora = peft.LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha,
@@ -45,10 +45,10 @@ class Side(TorchSide):
 
     def micro_batch(self) -> float:
         batch = next(self.batches)
-        mask = batch["mask"].bool()  # (B, T): where the target counts
-        width = int(mask.any(dim=0).nonzero().max()) + 2  # the last target itself is read, too
+        mask = batch["mask"].bool()  # (B, T): positions whose target counts
+        width = int(mask.any(dim=0).nonzero().max()) + 2  # includes the last target
         input_ids = batch["input"][:, :width].to(self.device)
-        # transformers shifts by itself: a label stands where its token does.
+        # transformers shifts the labels itself: a label has the position of its own token.
         labels = torch.full_like(batch["input"], -100)
         labels[:, 1:] = batch["target"].where(mask, -100)[:, :-1]
         loss = self.model(input_ids=input_ids, labels=labels[:, :width].to(self.device),
@@ -64,7 +64,7 @@ class Side(TorchSide):
     @torch.no_grad()
     def search(self, queries: list[list[int]], batch_size: int, beam: int, eval_len: int,
                length_penalty: float, no_repeat_ngram_size: int, eos: list[int]) -> dict:
-        """One query after the other."""
+        """Searches one query at a time."""
         started = time.perf_counter()
         found = []
         for query in queries:
@@ -78,9 +78,9 @@ class Side(TorchSide):
         return {"seconds": seconds, "ids": [ids + [0] * (eval_len - len(ids)) for ids in found]}
 
     def convert(self, folder: str) -> None:
-        """Writes the loaded model to ``folder`` as CTranslate2 reads it, in float32.
+        """Writes the loaded model to ``folder`` in CTranslate2's format, in float32.
 
-        A token's text there is its id: that side is given ids and gives ids.
+        The text of each token is its id, because side_ctranslate2.py passes and returns ids.
         """
         import tokenizers
         from ctranslate2.converters import TransformersConverter
@@ -88,7 +88,7 @@ class Side(TorchSide):
         size = self.model.config.vocab_size
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
             {str(token): token for token in range(size)}, unk_token=str(size - 1)))
-        end = str(size - 1)  # <|endoftext|>, which is all three in GPT-2
+        end = str(size - 1)  # <|endoftext|>, which GPT-2 uses for all three
         with tempfile.TemporaryDirectory(dir=Path(folder).parent) as published:
             self.model.save_pretrained(published)
             transformers.PreTrainedTokenizerFast(
@@ -101,7 +101,7 @@ class Side(TorchSide):
 
 
 def merged(card: str, base: str, lora: str | None, r: int, alpha: int):
-    """A plain GPT2LMHeadModel, W + B A alpha / r in the place of W and LoRA."""
+    """A plain GPT2LMHeadModel whose weight W + B A alpha / r replaces W and LoRA."""
     whole = torch_model.build(card, r, alpha)
     torch_model.load_weights(whole, base)
     if lora:

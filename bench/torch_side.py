@@ -1,4 +1,4 @@
-"""What the sides that PyTorch computes have in common, and what they take from align/."""
+"""What the sides that use PyTorch have in common, and what they import from align/."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ __all__ = ["TorchSide", "batches", "torch_beam", "torch_model", "torch_optim", "
 
 
 class TorchSide:
-    """What is common to them; a side adds ``packages``, to be named in the result, its methods
+    """The base class of these sides.
 
-    ``load`` and ``search`` and, to train, ``start_training`` and ``micro_batch() -> loss``.
+    A side adds ``packages``, whose versions the result names, the methods ``load`` and ``search``
+    and, to train, ``start_training`` and ``micro_batch() -> loss``.
     """
 
     def start(self, device: str) -> dict:
-        """What runs here, in words. Raises ValueError where the device cannot be used."""
+        """The versions and the number of threads. Raises ValueError if the device is unusable."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("PyTorch finds no usable GPU; use --device cpu, or install its "
                              "CUDA build")

@@ -1,4 +1,4 @@
-"""The weights that all sides load: random ones, for nothing here depends on what they know."""
+"""The weights that all sides load: random ones, or those of a trained checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from workers import Worker
 
 
 def random_model(card: str) -> dict:
-    """The side's ``load`` arguments of a random GPT-2 with LoRA; written once, then found again.
+    """The arguments of ``load`` for a random GPT-2 with LoRA; the files are written once.
 
-    B of LoRA is drawn, too: from zero a side that leaves LoRA out would not be noticed.
+    LoRA's B is random, too: if it were 0, the results of a side without LoRA would look correct.
     """
     base, lora = WORK / card / "base.pt", WORK / card / "lora.pt"
     if not base.is_file():
@@ -36,24 +36,24 @@ def random_model(card: str) -> dict:
 
 
 def trained_model(card: str, path: Path) -> dict:
-    """The same of a checkpoint that has LoRA and its base, as src/gpt2_ft.py's last one does."""
+    """The same for a checkpoint with base and LoRA, such as the last one of src/gpt2_ft.py."""
     try:
         state = torch_file.load(path)["model_state_dict"]
         a = state["transformer.h.0.attn.c_attn.lora_A"]
     except (OSError, torch_file.TorchFileError, TypeError, KeyError):
-        raise InputError(f"{path}: no checkpoint with LoRA; give the last model.STEP.pt of "
+        raise InputError(f"{path}: not a checkpoint with LoRA; give the last model.STEP.pt of "
                          "src/gpt2_ft.py") from None
     if a.shape[1] != MODEL_CARDS[card].n_embd:
-        raise InputError(f"{path}: {a.shape[1]} wide, {card} is {MODEL_CARDS[card].n_embd}; give "
-                         "the --card that was trained")
+        raise InputError(f"{path}: n_embd is {a.shape[1]}, but {MODEL_CARDS[card].n_embd} in "
+                         f"{card}; give the --card that was trained")
     return {"card": card, "base": str(path), "lora": None, "r": a.shape[0] // 2,
             "alpha": LORA["alpha"]}
 
 
 def for_ctranslate2(model: dict) -> str:
-    """The folder of ``model``, LoRA merged, in CTranslate2's format."""
+    """The folder with ``model`` in CTranslate2's format, LoRA merged."""
     folder = Path(model["base"]).with_name("ctranslate2")
-    if model["lora"] is None:  # of a checkpoint that the next run may have written anew
+    if model["lora"] is None:  # a training run may have replaced the checkpoint since
         folder = WORK / model["card"] / "ctranslate2-checkpoint"
         shutil.rmtree(folder, ignore_errors=True)
     if not folder.is_dir():
@@ -77,15 +77,15 @@ def _torch_init(card: str, output: Path, *flags: str) -> None:
 
 
 def _size(card: str) -> int:
-    """Bytes of a card's weights in float32, roughly."""
+    """The approximate number of bytes of a card's weights in float32."""
     config = MODEL_CARDS[card]
     return 4 * config.n_embd * (config.vocab_size + 12 * config.n_layer * config.n_embd)
 
 
 def room_for(path: Path, size: int) -> None:
-    """Raises InputError where the disk of ``path`` has less than ``size`` bytes left."""
+    """Raises InputError if the disk of ``path`` has less than ``size`` bytes left."""
     place = next(folder for folder in path.parents if folder.is_dir())
     free = shutil.disk_usage(place).free
     if free < size:
-        raise InputError(f"{path}: needs {size / 1e9:.1f} GB, {free / 1e9:.1f} are free there; "
-                         "free some space")
+        raise InputError(f"{path}: needs {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are "
+                         "free on that disk; free some space")

@@ -1,7 +1,7 @@
-"""The parent's half of a bench: sides as processes, asked in turns.
+"""The parent process of a benchmark: it runs each side as a process and asks them in turn.
 
-PyTorch, Jittor and CTranslate2 clash in one process. So each side is a process that stays; while
-one works, the others wait for their next request and use no processor time.
+PyTorch, Jittor and CTranslate2 conflict within one process. So each side is a process that runs
+until the end. While one computes, the others wait for a request and use no processor time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from shared import ROOT, InputError
 
-# OpenMP's threads may spin on for 0.2 s after their work is done, at the next side's cost.
+# OpenMP's threads may busy-wait for 0.2 s after their work, which would slow the next side down.
 PAUSE = 0.3
 
 
 class Worker:
-    """One side: bench/SCRIPT in a process of its own. A context manager."""
+    """Runs one side, bench/SCRIPT, in a process of its own. A context manager."""
 
     def __init__(self, script: str):
         self.script = script
@@ -37,13 +37,13 @@ class Worker:
 
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # Jittor's compiling processes, too
+            os.killpg(self.process.pid, signal.SIGKILL)  # with Jittor's compiler processes
             self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.stderr):
             stream.close()
 
     def ask(self, call: str, **arguments):
-        """What the side's method ``call`` returns. Raises InputError if it fails."""
+        """Calls the side's method ``call``; returns its value or raises InputError."""
         try:
             self.process.stdin.write(json.dumps({"call": call, "with": arguments}) + "\n")
             self.process.stdin.flush()
@@ -62,9 +62,9 @@ class Worker:
 
 def in_turns(sides: Iterable[str], rounds: int,
              ask: Callable[[str, int], object]) -> Iterator[dict]:
-    """Asks every side once a round, in an order that is drawn anew each round.
+    """Asks every side once in each round, in a new random order.
 
-    Calls ``ask(side, round)``, rounds counted from 0. Yields a round's answers by side.
+    Calls ``ask(side, round)``; the first round is 0. Yields the answers of each round by side.
     """
     draw, sides = random.Random(0), list(sides)
     for number in range(rounds):

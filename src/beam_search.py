@@ -4,8 +4,6 @@ Scores are NumPy arrays, because Jittor compiles its CPU kernels with -Ofast, wh
 infinities. Shapes in comments: B samples, K beams, R live beams, V tokens in the vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Callable, Sequence
 
@@ -64,7 +62,8 @@ def search(generator: Generator, queries: Sequence[Tokens],
         logits, cache = generator.start(padded, query_len, options.eval_len, options.beam)  # (B, V)
         origin = beams.advance(logits)
         while len(origin):
-            logits = generator.step(beams.last_tokens(), origin, cache)  # (R, V)
+            newest = np.array([history[-1] for history in beams.histories])  # (R,)
+            logits = generator.step(newest, origin, cache)  # (R, V)
             origin = beams.advance(logits)
     return [list(best) + [0] * (options.eval_len - len(best)) for best in beams.best]
 
@@ -137,10 +136,6 @@ class _Beams:
         """
         norm = max(self.norms[len(history)], self.norms[-1])
         return bool(score > -np.inf and score * (1 - ROUNDING) / norm > self.best_score[sample])
-
-    def last_tokens(self) -> np.ndarray:
-        """The newest token of each row (R,)."""
-        return np.array([history[-1] for history in self.histories])
 
 
 def repeats(history: Tokens, size: int) -> list[int]:

@@ -1,7 +1,5 @@
 """The model cards and LoRA's settings: plain data, importable without Jittor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

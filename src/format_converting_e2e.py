@@ -7,13 +7,11 @@ IN holds one example a line, ``meaning representation||text``; OUT gets
 representation at most once; ``--fraction 1`` writes the whole file in its own order.
 """
 
-from __future__ import annotations
-
-import argparse
 import random
 from decimal import Decimal
 
 from runtime.errors import InputError
+from runtime.flags import ArgumentParser, fraction
 from runtime.formats import read_lines, write_jsonl
 from runtime.progress import log
 from runtime.script import run
@@ -38,14 +36,18 @@ def read_examples(path: str) -> list[dict]:
     return examples
 
 
-def draw(examples: list[dict], n: int, seed: int) -> list[dict]:
-    """``n`` random examples with different contexts, in the order in which they were drawn.
+def draw(path: str, examples: list[dict], share: Decimal, seed: int) -> list[dict]:
+    """A random share of the examples of ``path``, with different contexts, in the order drawn.
 
-    Raises ValueError if there are fewer than ``n`` different contexts.
+    Raises InputError if that is less than one example, or if there are too few contexts.
     """
-    distinct = len({example["context"] for example in examples})
+    n, distinct = int(len(examples) * share), len({example["context"] for example in examples})
+    if n == 0:
+        raise InputError(f"{path}: a share of {share} of {len(examples)} lines is less than one "
+                         "line; take a larger --fraction (1: the whole file)")
     if n > distinct:
-        raise ValueError(f"{n} different meaning representations wanted, there are {distinct}")
+        raise InputError(f"{path}: {n} different meaning representations wanted, there are "
+                         f"{distinct}; take a smaller --fraction, or 1 for the whole file")
     rng = random.Random(seed)
     drawn: dict[str, dict] = {}
     while len(drawn) < n:
@@ -54,41 +56,20 @@ def draw(examples: list[dict], n: int, seed: int) -> list[dict]:
     return list(drawn.values())
 
 
-def fraction(text: str) -> Decimal:
-    """A share of the file, 0 < share <= 1; decimal, so that 0.01 is a hundredth exactly."""
-    try:
-        value = Decimal(text)
-        if 0 < value <= 1:
-            return value
-    except ArithmeticError:  # not a number
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Converts the E2E corpus to JSON lines.")
+    parser = ArgumentParser(__doc__)
     parser.add_argument("input", metavar="IN", help="raw file, e.g. data/e2e/train.txt")
     parser.add_argument("output", metavar="OUT",
                         help="JSON lines, e.g. data/e2e/train_formatted.jsonl")
-    parser.add_argument("--fraction", type=fraction, default=Decimal("0.01"),
-                        help="share of the lines to draw; 1 takes the whole file "
-                             "(default %(default)s)")
-    parser.add_argument("--seed", type=int, default=2025,
-                        help="seed of the draw (default %(default)s)")
+    parser.add_argument("--fraction", type=fraction, default="0.01",
+                        help="share of the lines to draw; 1 takes the whole file")
+    parser.add_argument("--seed", type=int, default=2025, help="seed of the draw")
     args = parser.parse_args()
 
     examples = read_examples(args.input)
     chosen = examples
     if args.fraction < 1:
-        n = int(len(examples) * args.fraction)
-        if n == 0:
-            raise InputError(f"{args.input}: a share of {args.fraction} of {len(examples)} lines "
-                             "is less than one line; take a larger --fraction (1: the whole file)")
-        try:
-            chosen = draw(examples, n, args.seed)
-        except ValueError as error:
-            raise InputError(f"{args.input}: {error}; take a smaller --fraction, or 1 for the "
-                             "whole file") from None
+        chosen = draw(args.input, examples, args.fraction, args.seed)
     write_jsonl(args.output, chosen)
     log(f"{args.output}: {len(chosen)} of {len(examples)} examples")
 

@@ -4,8 +4,6 @@ Reads ``--data`` (src/gpt2_encode.py makes it) and the weights that src/gpt2_ft.
 one JSON line a sample, its id and the predicted token ids, to WORK_DIR/OUTPUT_FILE.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -26,7 +24,7 @@ END_OF_TEXT = 50256
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser("gpt2_beam", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__, "gpt2_beam")
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, help="encoded samples (.jsonl)")
     data.add_argument("--batch_size", type=at_least(1), default=10,
@@ -53,8 +51,7 @@ def parse_args() -> argparse.Namespace:
                         help="no n-gram of this size twice; 0: no such rule")
     search.add_argument("--repetition_penalty", type=at_least(0.01, float), default=1.0,
                         help="on tokens generated before; 1: none")
-    search.add_argument("--min_length", type=at_least(0), default=0,
-                        help="no end token before so many tokens")
+    search.add_argument("--min_length", type=at_least(0), default=0, help="fewest tokens of a text")
     search.add_argument("--eos_token_id", type=at_least(0), action="append", default=[END_OF_TEXT],
                         help="a further end token; may be repeated")
 

@@ -15,12 +15,13 @@ import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Hashable
 
 from encoder import END_OF_TEXT, Encoder, get_encoder
 from runtime.errors import InputError
-from runtime.flags import at_least
+from runtime.flags import ArgumentParser, at_least
 from runtime.formats import read_jsonl, read_lines, replacing
 from runtime.progress import log
 from runtime.script import run
@@ -136,7 +137,7 @@ def write_together(files: dict[Path, list[str]]) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Decodes predictions and groups references.")
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--vocab", required=True, metavar="DIR",
                         help="folder of encoder.json and vocab.bpe")
     parser.add_argument("--sample_file", required=True, metavar="FILE",
@@ -148,27 +149,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_pred_file", required=True, metavar="FILE",
                         help="decoded predictions, one a line")
     parser.add_argument("--ref_unique_file", metavar="FILE",
-                        help="an integer for each input line; equal ones are one group "
-                             "(without it: equal contexts)")
+                        help="an integer for each input line, equal ones are one group; none: "
+                             "equal contexts are")
     parser.add_argument("--ref_type", default="e2e", choices=["e2e", "webnlg", "dart"],
-                        help="layout of the references (default %(default)s)")
+                        help="layout of the references")
     parser.add_argument("--ref_num", type=at_least(1), default=4, metavar="N",
-                        help="number of reference files for webnlg and dart "
-                             "(default %(default)s)")
+                        help="number of reference files for webnlg and dart")
     parser.add_argument("--tokenize", action="store_true",
                         help="separate words and punctuation by blanks")
     parser.add_argument("--lower", action="store_true", help="write lower case")
     parser.add_argument("--filter", default="all", choices=["all", "seen", "unseen"],
-                        help="keep only lines whose \"cate\" is true (seen in training) or false, "
-                             "as WebNLG's have it (default %(default)s)")
+                        help="keep only lines whose \"cate\", of WebNLG, is true (seen) or false")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    fields: dict[str, type] = {"context": str, "completion": str}
-    if args.filter != "all":
-        fields["cate"] = bool
+    fields = {"context": str, "completion": str, **({"cate": bool} if args.filter != "all" else {})}
     records = read_jsonl(args.input_file, fields,
                          "make the file with src/format_converting_e2e.py")
     samples = read_jsonl(args.sample_file, {"id": int, "predict": list},
@@ -181,9 +178,7 @@ def main() -> None:
     groups = group_references(args.input_file, records, keys, args.filter)
     decode_samples(args.sample_file, samples, encoder, keys, groups, args.input_file)
 
-    def finish(text: str) -> str:
-        return post_process(text, args.tokenize, args.lower)
-
+    finish = partial(post_process, tokenize=args.tokenize, lower=args.lower)
     predictions = [finish(group.prediction or "") for group in groups.values()]
     references = [[finish(text) for text in group.references] for group in groups.values()]
     files = reference_files(args.output_ref_file, args.ref_type, args.ref_num, references)

@@ -5,11 +5,8 @@
 A completion is encoded with a blank before it, because it continues its context.
 """
 
-from __future__ import annotations
-
-import argparse
-
 from encoder import Encoder, get_encoder
+from runtime.flags import ArgumentParser
 from runtime.formats import read_jsonl, write_jsonl
 from runtime.progress import log, progress
 from runtime.script import run
@@ -26,13 +23,12 @@ def encode_record(record: dict, encoder: Encoder, add_bos: bool, add_eos: bool) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Encodes formatted JSON lines as token ids.")
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--vocab", required=True, metavar="DIR",
                         help="folder of encoder.json and vocab.bpe")
     parser.add_argument("--input", required=True, metavar="FILE",
                         help="JSON lines of texts, from format_converting_e2e.py")
-    parser.add_argument("--output", required=True, metavar="FILE",
-                        help="JSON lines of token ids")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines of token ids")
     parser.add_argument("--add_bos", action="store_true",
                         help="put <|endoftext|> between context and completion")
     parser.add_argument("--add_eos", action="store_true",

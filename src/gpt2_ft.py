@@ -5,8 +5,6 @@ leaves checkpoints, log lines and a loss curve in ``--work_dir``. The experiment
 data/: ``python src/gpt2_ft.py @data/e2e.ini --train_data ...``.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path
@@ -21,7 +19,7 @@ from runtime.script import StopRequest, run
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser("gpt2_ft", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__, "gpt2_ft")
     data = parser.add_argument_group("data")
     data.add_argument("--train_data", required=True, help="encoded samples to train on (.jsonl)")
     data.add_argument("--valid_data", required=True, help="encoded samples to validate on")
@@ -43,14 +41,12 @@ def parse_args() -> argparse.Namespace:
                        help="LoRA's rank r; 0 trains every weight")
     model.add_argument("--lora_alpha", type=at_least(0), default=128,
                        help="LoRA's output is scaled by alpha / r")
-    model.add_argument("--lora_dropout", type=share, default=0.0,
-                       help="dropout on LoRA's input")
+    model.add_argument("--lora_dropout", type=share, default=0.0, help="dropout on LoRA's input")
 
     loop = parser.add_argument_group("training")
     loop.add_argument("--max_epoch", type=at_least(1), help="passes over the data")
     loop.add_argument("--max_step", type=at_least(1), help="micro-batches in total")
-    loop.add_argument("--grad_acc", type=at_least(1), default=1,
-                      help="micro-batches of an update")
+    loop.add_argument("--grad_acc", type=at_least(1), default=1, help="micro-batches of an update")
     loop.add_argument("--clip", type=at_least(0, float), default=0.0,
                       help="largest norm of the whole gradient; 0: no limit")
     loop.add_argument("--label_smooth", type=share, default=0.0, help="label smoothing")
@@ -61,8 +57,7 @@ def parse_args() -> argparse.Namespace:
     optimizer.add_argument("--lr", type=at_least(0, float), default=1e-5, help="learning rate")
     optimizer.add_argument("--weight_decay", type=at_least(0, float), default=0.01,
                            help="at each update weights shrink by lr times this share")
-    optimizer.add_argument("--no_decay_bias", action="store_true",
-                           help="no weight decay on biases")
+    optimizer.add_argument("--no_decay_bias", action="store_true", help="no decay of biases")
     optimizer.add_argument("--correct_bias", action="store_true", help="Adam's bias correction")
     optimizer.add_argument("--adam_epislon", "--adam_epsilon", type=at_least(0, float),
                            default=1e-6, help="Adam's epsilon (the original spells it so)")
@@ -74,10 +69,8 @@ def parse_args() -> argparse.Namespace:
         "cosine", "inv_sqrt", "dev_perf", "constant", "linear", "cycle"])
     optimizer.add_argument("--warmup_step", type=at_least(0), default=0,
                            help="micro-batches until the learning rate reaches --lr")
-    optimizer.add_argument("--i_steps", default="0",
-                           help="cycle: steps at its corners, e.g. 0,100,1000")
-    optimizer.add_argument("--i_lrs", default="0.00025",
-                           help="cycle: learning rates at --i_steps")
+    optimizer.add_argument("--i_steps", default="0", help="cycle: its corners, e.g. 0,100,1000")
+    optimizer.add_argument("--i_lrs", default="0.00025", help="cycle: learning rates at --i_steps")
 
     output = parser.add_argument_group("output")
     output.add_argument("--work_dir", type=Path, default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
@@ -132,10 +125,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
     ``np`` is mpirun's flag for the number of processes.
     """
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    for name in FILE_FLAGS:
-        if settings[name]:
-            settings[name] = sha256(Path(settings[name]))
+    settings = {name: sha256(Path(value)) if name in FILE_FLAGS and value else value
+                for name, value in vars(args).items() if name not in FREE_FLAGS}
     return {**settings, "np": processes.world_size()}
 
 
@@ -160,10 +151,8 @@ def state_to_resume(args: argparse.Namespace, settings: dict[str, object]):
     if name is None:
         log(f"resuming after step {step}, from {state.path}")
         return state
-    if name in FILE_FLAGS:
-        difference = f"another --{name}"
-    else:
-        difference = f"--{name} {state.settings.get(name)}, not {settings.get(name)}"
+    difference = (f"another --{name}" if name in FILE_FLAGS else
+                  f"--{name} {state.settings.get(name)}, not {settings.get(name)}")
     if args.resume == "auto":
         log(f"{state.path}: of a run with {difference}; starting from the beginning")
         return None

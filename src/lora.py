@@ -18,8 +18,6 @@ MergedLinear does this for a weight that holds several projections side by side,
 query, key and value of GPT-2's ``c_attn``, and only for those of them that are enabled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 

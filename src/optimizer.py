@@ -1,7 +1,5 @@
 """The original experiment's AdamW and its learning-rate schedules."""
 
-from __future__ import annotations
-
 import math
 from typing import Callable, Collection
 
@@ -63,19 +61,15 @@ def make_schedule(name: str, lr: float, warmup_step: int, max_step: int,
     (i_steps, i_lrs). inv_sqrt and dev_perf have no schedule in the original either: always lr.
     """
 
-    def linear(step):
-        if step < warmup_step:
-            return lr * step / warmup_step
-        return lr * max(0.0, (max_step - step) / max(1, max_step - warmup_step))
+    def warmed_up(rate: Schedule) -> Schedule:
+        return lambda step: lr * step / warmup_step if step < warmup_step else rate(step)
 
-    def constant(step):
-        return lr * step / warmup_step if step < warmup_step else lr
+    def linear(step):
+        return lr * max(0.0, (max_step - step) / max(1, max_step - warmup_step))
 
     def cosine(step):
         if step == 0:
             return 0.0  # the original starts at 0 whatever the warm-up
-        if step < warmup_step:
-            return lr * step / warmup_step
         return lr * 0.5 * (1 + math.cos(math.pi * min(step, max_step) / max_step))
 
     def cycle(step):
@@ -90,5 +84,5 @@ def make_schedule(name: str, lr: float, warmup_step: int, max_step: int,
     def level(step):
         return lr
 
-    return {"linear": linear, "constant": constant, "cosine": cosine, "cycle": cycle,
-            "inv_sqrt": level, "dev_perf": level}[name]
+    return {"linear": warmed_up(linear), "constant": warmed_up(level), "cosine": warmed_up(cosine),
+            "cycle": cycle, "inv_sqrt": level, "dev_perf": level}[name]

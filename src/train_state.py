@@ -122,26 +122,28 @@ def read(path: Path) -> TrainState:
         raw = torch_file.load(path)
         about = json.loads(raw["about"])
         settings, counters = dict(about["settings"]), Counters(**about["counters"])
-        train_fill, valid_fill = about["train_fill"], about["valid_fill"]
-        weights, m, v, gradients = (raw[key] for key in ("model_state_dict", "m", "v", "gradients"))
+        tables = [raw[key] for key in ("model_state_dict", "m", "v", "gradients")]
+        fills = [about["train_fill"], about["valid_fill"]]
+        if not (_possible(counters) and all(map(_is_table, tables))
+                and all(_is_fill(fill, settings.get("np")) for fill in fills)):
+            raise ValueError
+        return TrainState(path, settings, counters, *tables, *fills)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; check its "
                          "permissions") from None
     except (torch_file.TorchFileError, LookupError, TypeError, ValueError, RecursionError) as error:
         refused = f": {error}" if isinstance(error, torch_file.TorchFileError) else ""
         raise InputError(f"{path}: no state of a training run{refused}; remove it") from None
-    if not _well_typed(counters) or not all(map(_is_table, (weights, m, v, gradients))) \
-            or not all(_is_fill(states, settings.get("np")) for states in (train_fill, valid_fill)):
-        raise InputError(f"{path}: no state of a training run; remove it")
-    return TrainState(path, settings, counters, weights, m, v, gradients, train_fill, valid_fill)
 
 
-def _well_typed(counters: Counters) -> bool:
-    fields = asdict(counters)
-    whole = (counters.step, counters.updates, counters.log_count, *counters.checkpoints,
-             *counters.log_sizes)
-    return all(isinstance(value, type(fields[name])) for name, value in asdict(Counters()).items()
-               ) and all(type(n) is int and n >= 0 for n in whole) and len(counters.log_sizes) == 2
+def _possible(counters: Counters) -> bool:
+    """Whether these can be the counters of a run; may raise TypeError where they are not."""
+    of_steps = [counters.updates, counters.log_count] + counters.checkpoints
+    return all(type(n) is int for n in (counters.step, *of_steps, *counters.log_sizes)) \
+        and 0 < counters.step < 2**53 and all(0 <= n <= counters.step for n in of_steps) \
+        and len(counters.log_sizes) == 2 and min(counters.log_sizes) >= 0 \
+        and type(counters.log_sum) is float and math.isfinite(counters.log_sum) \
+        and type(counters.best_ppl) is float and counters.best_ppl > 0
 
 
 def _is_table(table: object) -> bool:

@@ -164,7 +164,7 @@ class TrainingRun:
             self.log.metrics(step, epoch, trainer.schedule(step - 1), loss, valid_loss,
                              milliseconds)
             if step < options.max_step:
-                if processes.any_of(stop_requested()):
+                if processes.total_number(stop_requested()):  # in any process
                     self._stop()
                 if step % options.state_interval == 0:
                     self._save_state()

@@ -1,7 +1,7 @@
-"""What several tests share: the reference material, the vocabulary, and the judges.
+"""Fixtures for several test files: reference data, vocabulary, and reference implementations.
 
-The judges are tiktoken for the encoding and PyTorch for all that computes. Jittor runs in this
-process and PyTorch, with which it can clash, in one of its own (torch_side.py).
+The reference for the encoding is tiktoken; the reference for all computation is PyTorch. Jittor
+runs in this process. PyTorch can conflict with it and runs in a separate process (torch_side.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Threads that wait for others sleep instead of spinning. Results are the same; beside other work on
-# the machine, the many small operators of these tests are several times as fast.
+# Waiting threads sleep instead of spinning. The results are the same; when other jobs share the
+# machine, the many small operators of these tests run several times as fast.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -37,7 +37,7 @@ def shared() -> Path:
     """The folder of reference data and expected results, which is not part of the repository."""
     folder = Path(os.environ.get("E2E_SHARED") or ROOT.parent / "shared")
     if not (folder / "expected").is_dir():
-        pytest.skip("no reference material; E2E_SHARED=DIR names its folder")
+        pytest.skip("no reference data; set E2E_SHARED to its folder")
     return folder
 
 
@@ -65,9 +65,9 @@ def tiktoken_gpt2(vocab):
 
 @pytest.fixture(scope="session")
 def jittor():
-    """Jittor on the CPU; what imports it is imported after asking for this fixture.
+    """Jittor on the CPU. Request this fixture before importing a module that imports Jittor.
 
-    TEST_DEVICE=cuda tests on the GPU instead, see test_cuda.py.
+    With TEST_DEVICE=cuda the tests run on the GPU, see test_cuda.py.
     """
     from runtime import backend
 
@@ -79,7 +79,7 @@ def jittor():
 
 @pytest.fixture(scope="session")
 def torch_side(tmp_path_factory):
-    """Calls an operation of torch_side.py: arrays by name and options in, arrays by name out."""
+    """Calls an operation of torch_side.py with arrays by name and options; returns such arrays."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         pytest.skip("no PyTorch; pip install -r requirement-test.txt")
     folder = tmp_path_factory.mktemp("torch_side")
@@ -103,7 +103,7 @@ def torch_side(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_model(jittor):
-    """Makes a random GPT-2 small enough for tests, all of its weights away from 0 and 1."""
+    """Makes a small GPT-2 with random weights, so that none keeps an initial value of 0 or 1."""
     from config import GPT2Config, LoRAConfig
     from model import GPT2LMModel
 
@@ -122,7 +122,7 @@ def small_model(jittor):
 
 @pytest.fixture(scope="module")
 def tiny(jittor):
-    """Makes gpt2.nano a model of a few thousand weights, which scripts in this process train."""
+    """Redefines gpt2.nano as a model of a few thousand weights, for scripts in this process."""
     from config import MODEL_CARDS, GPT2Config
     from runtime import backend
 
@@ -133,11 +133,11 @@ def tiny(jittor):
 
 
 def run_main(main, flags, seconds: int = 300) -> tuple[int, str]:
-    """(exit code, stderr) of a script's ``main``, run in this process as a shell would."""
+    """Runs a script's ``main`` in this process as a shell would; returns (exit code, stderr)."""
     from runtime.script import run
 
     def too_slow(*_):
-        raise AssertionError(f"no end after {seconds} s")
+        raise AssertionError(f"the script did not end within {seconds} s")
 
     said, argv = io.StringIO(), sys.argv
     before = signal.signal(signal.SIGALRM, too_slow)

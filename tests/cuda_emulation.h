@@ -1,6 +1,6 @@
-// Enough of CUDA to run our kernels on the CPU. Blocks run one after the other. The threads of a
-// block are coroutines that switch at __syncthreads(), in a new random order each time: without a
-// barrier that it needs, a kernel's results are most often wrong.
+// The part of CUDA that our kernels use, emulated on the CPU. Blocks run one after the other. The
+// threads of a block are coroutines that switch at __syncthreads(), in a new random order each
+// time, so a kernel in which a barrier is missing most often gives wrong results.
 
 #include <ucontext.h>
 #include <algorithm>
@@ -67,7 +67,7 @@ static void run_block(int threads) {
             swapcontext(&scheduler, &coroutines[t].context);
             done += coroutines[t].done;
         }
-        if (done && done < threads) throw std::runtime_error("a barrier that some threads skip");
+        if (done && done < threads) throw std::runtime_error("some threads skip a barrier");
     }
 }
 

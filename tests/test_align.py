@@ -1,4 +1,4 @@
-"""The alignment experiment: a short strict run of both sides, and a report that can say no."""
+"""The alignment experiment: a short strict run of both sides, and reports of broken bounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ pytestmark = [
 
 DOCUMENTS = ("README.md", "README.cn.md", "align/README.md", "align/README.cn.md")
 STEPS, INPUTS = 60, 8
-# The demo's texts with the experiment's flags, but a learning rate at which 60 steps move weights.
+# The demo's texts with the experiment's flags, but with a higher learning rate, so that 60 steps
+# change the weights enough.
 FLAGS = ["--strict", "--card", "gpt2.nano", "--base", "random", "--steps", STEPS, "--inputs",
          INPUTS, "--train_flags", "--lr 0.002 --warmup_step 10", "--name", "short"]
 
@@ -31,7 +32,7 @@ def align(root, *flags):
 
 @pytest.fixture(scope="module")
 def data(root, vocab, tmp_path_factory):
-    """A folder as run.sh takes it, of the demo's corpus."""
+    """A data folder for run.sh, made from the demo's corpus."""
     folder = tmp_path_factory.mktemp("corpus")
     for command in (["data/demo/generate.py", folder], *(
             ["src/gpt2_encode.py", "--vocab", vocab, "--input", folder / f"{name}_formatted.jsonl",
@@ -64,7 +65,7 @@ def test_strict_run_agrees(run):
     assert one["samples"] >= INPUTS
     assert one["identical"] == {"1": one["samples"], "8": one["samples"]}
     assert one["scores"]["torch"] == one["scores"]["jittor"]
-    assert one["last_losses"]["torch"] < one["mean_loss"]["torch"]  # it did learn
+    assert one["last_losses"]["torch"] < one["mean_loss"]["torch"]  # training reduced the loss
 
 
 @pytest.mark.slow
@@ -143,7 +144,7 @@ def publish(root):
 
 @pytest.mark.slow
 def test_table_of_all_runs(root, run, tmp_path):
-    """A row a result, in all three documents and nowhere else in them; twice changes nothing."""
+    """Each document gets one row per result and no other change; a second call changes nothing."""
     shutil.copytree(run[2], tmp_path / "align" / "results")
     paper = json.loads((run[2] / "short" / "results.json").read_text())
     one, = paper["seeds"].values()

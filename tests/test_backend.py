@@ -1,4 +1,4 @@
-"""What surrounds Jittor: the choice of device, oneDNN, and its silence."""
+"""The start of Jittor: the choice of device, oneDNN, its output and its signal handlers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runtime.flags import add_device_flag
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Pretends a machine: its driver (None or a number of GPUs), its nvcc's answer, its libraries.
+    """Simulates a machine: its number of GPUs (None: no driver), nvcc's output, CUDA libraries.
 
     Returns the path of nvcc.
     """
@@ -111,10 +111,10 @@ jt.code((1,), "int32", [], cpu_header="#include <iostream>", cpu_src=speak).sync
 @pytest.mark.parametrize("variables", [
     {}, pytest.param({"nvcc": "on the path"}, marks=pytest.mark.slow)])
 def test_start_is_quiet_and_needs_no_nvcc(jittor, root, tmp_path, variables):
-    """Also while compiling, and where an nvcc without a GPU stands on the path."""
+    """Neither compiling nor an nvcc on PATH without a GPU makes Jittor print anything."""
     environment = dict(os.environ)
     for name in ("nvcc_path", "conv_opt", "log_silent", "cache_name", "use_mkl"):
-        environment.pop(name, None)  # set by the fixture's own start
+        environment.pop(name, None)  # the fixture has set it in this process
     if variables:
         nvcc = tmp_path / "nvcc"
         nvcc.write_text("#!/bin/sh\nexit 1\n")
@@ -124,7 +124,7 @@ def test_start_is_quiet_and_needs_no_nvcc(jittor, root, tmp_path, variables):
                              capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout == "device: CPU (as asked by --device cpu)\n" * 2
-    assert process.stderr == "a warning\n"  # what is not about compiling is passed on
+    assert process.stderr == "a warning\n"  # other lines than compiling reports pass
 
 
 def test_matrix_products_are_onednn_ones(jittor):
@@ -165,7 +165,7 @@ SIGNALS = """
 import os, signal, subprocess, sys
 sys.path.insert(0, sys.argv[1])
 from runtime import backend
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 backend.start("cpu")
 child = subprocess.Popen(["sleep", "60"])
 child.kill()
@@ -178,7 +178,7 @@ except KeyboardInterrupt:
 
 
 def test_signals_mean_what_python_makes_of_them(jittor, root):
-    """Jittor by itself quits when a child is killed, and on Ctrl-C without a word to Python."""
+    """Jittor's own handlers end the process when a child is killed and on Ctrl-C."""
     process = subprocess.run([sys.executable, "-c", SIGNALS, root / "src"], capture_output=True,
                              text=True)
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""Beam search against brute force, a plain reference, and PyTorch's on a real model."""
+"""Beam search compared with brute force, a simple reference, and PyTorch's on a real model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def beam_search(jittor):
 
 
 class TableModel:
-    """A language model: ``logits_of`` a whole sequence (a tuple) are those of its next token."""
+    """A language model: ``logits_of(sequence)`` returns the logits of the token after a tuple."""
 
     def __init__(self, logits_of):
         self.logits_of, self.queries, self.steps = logits_of, [], 0
@@ -50,7 +50,7 @@ class TableModel:
 
 
 def random_logits(seed: int, vocab: int, possible: int | None = None):
-    """Logits drawn anew for every sequence; ``possible`` leaves only so many tokens likely."""
+    """Random logits for each sequence; if given, only the first ``possible`` tokens are likely."""
     def logits_of(sequence):
         random = np.random.default_rng([seed, len(sequence), *sequence])
         logits = random.normal(scale=2.0, size=vocab)
@@ -61,7 +61,7 @@ def random_logits(seed: int, vocab: int, possible: int | None = None):
 
 
 def log_probs(logits, history, options) -> dict[int, float]:
-    """The log probability of each token that is allowed behind ``history``."""
+    """The log probability of each token that is allowed after ``history``."""
     logits = dict(enumerate(np.float32(logits).tolist()))
     for token in set(history):
         penalty = options["repetition_penalty"]
@@ -81,7 +81,7 @@ def log_probs(logits, history, options) -> dict[int, float]:
 
 
 def reference(logits_of, query, options) -> tuple[int, ...]:
-    """The search in its simplest form: everything computed anew, no early end, float64."""
+    """The search in its simplest form: no cache, no early end, float64."""
     beams, best = [(0.0, ())], (-math.inf, ())
     for length in range(1, options["eval_len"] + 1):
         candidates = [(score + log_p, history + (token,)) for score, history in beams
@@ -98,7 +98,7 @@ def reference(logits_of, query, options) -> tuple[int, ...]:
 
 
 def brute_force(logits_of, query, options, tokens) -> tuple[int, ...]:
-    """The best of all sequences of the given tokens, whatever a beam would have met."""
+    """The best of all sequences of the given tokens, found without a beam."""
     @lru_cache(None)
     def following(history):
         return log_probs(logits_of(query + history), history, options)
@@ -129,7 +129,7 @@ def padded(ids, length) -> list[int]:
     return list(ids) + [0] * (length - len(ids))
 
 
-# derandomize: float32 and float64 may part where two scores are equal to seven digits
+# derandomize: if two scores agree to seven digits, float32 and float64 may order them differently
 def examples(count):
     return settings(max_examples=count, deadline=None, derandomize=True,
                     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
@@ -138,7 +138,7 @@ def examples(count):
 @examples(60)
 @given(options=rules(st.just(64), st.integers(1, 4)), seed=st.integers(0, 2 ** 20))
 def test_wide_beam_finds_the_best_of_all_sequences(beam_search, options, seed):
-    """Four likely tokens make at most 64 sequences of three, which a beam of 64 holds all."""
+    """Four likely tokens make at most 64 sequences of length 3; a beam of 64 keeps them all."""
     logits_of = random_logits(seed, vocab=64, possible=4)
     best = brute_force(logits_of, (9,), options, tokens=range(4))
     assume(best)
@@ -196,7 +196,7 @@ def test_search_ends_where_nothing_can_change(beam_search):
 
 
 def test_last_beams_compete_unfinished(beam_search):
-    """Nothing ends; and an unlikely end does not win over a likely sequence without one."""
+    """A likely sequence without an end token is better than one with an unlikely end token."""
     def logits_of(sequence):
         return [-5.0, 3.0, 0.0, -1.0, -1.0]
 
@@ -236,13 +236,13 @@ def test_real_model_against_pytorch(beam_search, small_model, torch_side):
         for batch_size in (2, 5) if number == 0 else (5,):
             assert beam_search.predict(generator, queries, options, batch_size) == wanted
         answers.add(str(wanted))
-    assert len(answers) == len(variants)  # every option had a say
+    assert len(answers) == len(variants)  # every variant changes the result
     lengths = (truth["0"] >= 0).sum(axis=1)
     assert lengths.min() < 12  # some sequences ended
 
 
 def test_memory_of_a_search_is_given_back_at_once(beam_search, jittor, small_model):
-    """Of gigabytes of keys and values, none may wait for Python to look for cycles."""
+    """Keys and values take gigabytes, so they must be freed without Python's cycle collector."""
     from generator import Generator
 
     generator, queries = Generator(small_model(seed=6)), [(3, 1, 4), (1, 5)]

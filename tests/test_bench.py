@@ -1,4 +1,4 @@
-"""The arithmetic of bench/: what it counts and how it sums up, not how fast anything is."""
+"""The benchmarks in bench/: FLOP counts, statistics and workers. No speed is tested."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MASK = [[0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
 
 
 def count_by_torch() -> int:
-    """Runs the task with nothing spared but what flops.py spares, and counts PyTorch's products.
+    """Runs the task in PyTorch and counts the operations of its matrix products.
 
-    Autograd itself finds out which gradients are needed.
+    The forward pass omits only what flops.py omits; autograd decides which gradients are needed.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -132,7 +132,7 @@ def test_samples_of_a_length_fill_it(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sides_do_the_same_task(tmp_path, monkeypatch):
-    """Without dropout ours and align's side see the same losses, and find the same sequences."""
+    """Without dropout, our side and align's have the same losses and find the same sequences."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "loralib")):
         pytest.skip("no PyTorch; pip install -r requirement-test.txt")
     for module in (samples, weights):

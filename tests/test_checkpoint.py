@@ -1,4 +1,4 @@
-"""Checkpoints under every name, written by torch, safetensors and ourselves."""
+"""Checkpoints with every naming of the weights, written by torch, safetensors and our code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checkpoint(jittor):
 
 @pytest.fixture
 def saved(torch_side, tmp_path):
-    """Writes arrays as PyTorch or safetensors do; returns the path."""
+    """Writes arrays with PyTorch or safetensors; returns the path."""
     def save(arrays, name="model.bin", **options):
         path = tmp_path / name
         operation = "save_safetensors" if path.suffix == ".safetensors" else "save"
@@ -36,7 +36,7 @@ def saved(torch_side, tmp_path):
 
 
 def filled(checkpoint, small_model, path, lora_path=None, seed=99, **options):
-    """A model of other weights after loading; its weights by name."""
+    """Loads the files into a model with other weights; returns its weights by name."""
     model = small_model(seed=seed, **options)
     checkpoint.load(model, str(path), lora_path and str(lora_path))
     return weights_of(model)
@@ -54,7 +54,7 @@ def base_of(model) -> dict[str, np.ndarray]:
 
 
 def hugging_face(weights):
-    """As GPT-2 is published: no prefix, and the causal mask of each layer as a buffer."""
+    """Names as in the published GPT-2: no prefix, and each layer's causal mask as a buffer."""
     named = {name[len("transformer."):]: a for name, a in weights.items()}
     for layer in (0, 1):
         named[f"h.{layer}.attn.bias"] = np.tril(np.ones((1, 1, 40, 40), np.float32))
@@ -67,7 +67,7 @@ def with_head(weights, head="lm_head.weight"):
 
 
 def tensorflow(weights):
-    """The endings of the conversion from TensorFlow: ln_1.g, c_attn.w, c_attn.b ..."""
+    """Names with the endings of a conversion from TensorFlow: ln_1.g, c_attn.w, c_attn.b ..."""
     named = {}
     for name, a in weights.items():
         name = re.sub(r"(ln_\w+)\.weight$", r"\1.g", name)
@@ -139,7 +139,7 @@ def test_model_and_lora_files_of_our_own(checkpoint, small_model, torch_side, tm
     base_weights = base_of(small_model(seed=2, r=0))
     ours = filled(checkpoint, small_model, base, lora)
     same(ours, {name: weights[name] if "lora_" in name else base_weights[name] for name in other})
-    # of a whole model given as --lora_checkpoint only LoRA's part is taken
+    # if --lora_checkpoint is a whole model, only its LoRA matrices are loaded
     same(filled(checkpoint, small_model, base, whole), ours)
 
 
@@ -151,7 +151,7 @@ def test_equal_models_give_equal_files(checkpoint, small_model, tmp_path):
 
 @pytest.fixture
 def refused(checkpoint, small_model):
-    """What loading the files into a model says; nothing of the model has changed."""
+    """Loads files that must be refused; returns the message. The model must not change."""
     def load(path, lora_path=None, lora_required=False, **options):
         model = small_model(seed=3, **options)
         before = weights_of(model)
@@ -236,14 +236,14 @@ def test_missing_damaged_and_other_files(refused, saved, small_model, tmp_path):
 
 
 def safetensors_bytes(tensors: dict, data: bytes = b"", length: int | None = None) -> bytes:
-    """A .safetensors file with this table; ``length`` is what it says of the table's size."""
+    """A .safetensors file with this header; ``length`` replaces the stated size of the header."""
     header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
                          for name, (dtype, shape, offsets) in tensors.items()}).encode()
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
 def test_safetensors_itself_refuses_what_is_no_table_of_its_data(checkpoint, tmp_path):
-    """The library is pinned; our own reader relies on these checks of its header."""
+    """Our reader relies on the header checks of the library, whose version is pinned."""
     path = tmp_path / "model.safetensors"
     good = {"wte.weight": ("F32", [2, 2], [0, 16]), "b": ("F32", [1], [16, 20])}
     path.write_bytes(safetensors_bytes(good, b"\0" * 20))

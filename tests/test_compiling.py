@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 
 from runtime import compiling, progress
 
-# As Jittor's parallel_compiler.cc writes it: a line feed before the first report, one at the end.
+# The format of Jittor's parallel_compiler.cc: a line feed before the first report and at the end.
 REPORTS = (b"\nCompiling Operators(1/4) used: 2.01s eta:    6s \r"
            b"Compiling Operators(3/4) used: 2.51s eta: 0.84s \r\n")
 
 
 def relayed(*chunks: bytes) -> list[bytes]:
-    """What relay passes on of chunks, each of which it reads by itself."""
+    """The lines that relay passes on, if each of its reads returns one of the chunks."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     written = []
 
@@ -91,7 +91,7 @@ report = st.tuples(st.integers(0, 99), st.integers(1, 99)).map(
 @given(parts=st.lists(st.one_of(line, report, st.just(b"\n")), max_size=8),
        last=st.sampled_from([b"", b"unfinished"]), draw=st.data())
 def test_wherever_the_bytes_are_split(parts, last, draw):
-    """Reports go, with an empty line before the first and after the last; all else stays."""
+    """Reports and the empty lines around them are dropped; everything else is passed on."""
     text = b"".join(parts) + last
     cuts = draw.draw(st.lists(st.integers(1, max(1, len(text) - 1)), unique=True, max_size=9))
     ends = [0, *sorted(cuts), len(text)]
@@ -124,7 +124,7 @@ def test_every_single_split():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that progress sees, in a list of one number."""
+    """The clock of progress and compiling: a list whose only number is the time."""
     now = [1000.0]
     for module in (progress, compiling):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -140,7 +140,7 @@ def reports_of(clock, period: float, times: list[float]) -> None:
     os.write(writer, text + b"\n")
     os.close(writer)
 
-    def write(text):  # a line between two reports, at which time passes
+    def write(text):  # the line between two reports sets the clock
         if text:
             clock[0] = began + float(text.split()[1])
 
@@ -151,7 +151,7 @@ def reports_of(clock, period: float, times: list[float]) -> None:
 
 
 def test_log_lines_now_and_then(clock, capsys):
-    """Where no terminal is; after a second a unit, the rest takes as many seconds as units."""
+    """Without a terminal; at one second per operator, seconds left = operators left."""
     reports_of(clock, 10.0, [float(second) for second in range(36)])
     assert capsys.readouterr() == ("compiling operators: 11/50 operator, 39 s left\n"
                                    "compiling operators: 21/50 operator, 29 s left\n"
@@ -165,7 +165,7 @@ def test_log_lines_now_and_then(clock, capsys):
 
 @contextmanager
 def terminal():
-    """Makes stderr a terminal; gives a function that returns what was shown there since."""
+    """Makes stderr a terminal; yields a function that returns the output since its last call."""
     master, slave = pty.openpty()
     with open(slave, "w") as screen, pytest.MonkeyPatch.context() as patch:
         def shown() -> str:
@@ -186,12 +186,12 @@ def test_a_bar_on_a_terminal(capsys):
             b"before\n", b"after\n", b""]
         text = shown()
     assert "compiling operators" in text and "3/4" in text and "Compiling" not in text
-    assert text.endswith("\n")  # the bar was ended, what follows begins a new line
+    assert text.endswith("\n")  # the bar has ended; later output starts on a new line
     assert capsys.readouterr().out == ""
 
 
 def test_jittors_own_files_after_a_while(clock, capsys, monkeypatch):
-    """Nothing of a start that only checks its files; afterwards a line a period."""
+    """A start that only checks its files prints nothing; a longer one a line per period."""
     monkeypatch.setattr(compiling, "PERIOD", 10.0)
     quick = compiling.CoreProgress("compiling", 143)
     for index in range(143):
@@ -227,7 +227,7 @@ def test_core_progress_fits_jittors_calls():
         assert call in source
 
 
-# The real thing
+# With Jittor itself
 
 PROGRAM = """
 import os, sys
@@ -261,7 +261,7 @@ def children(process: int) -> dict[int, str]:
             with open(f"/proc/{name}/stat") as stat, open(f"/proc/{name}/cmdline") as command:
                 if int(stat.read().rpartition(")")[2].split()[1]) == process:
                     found[int(name)] = command.read().replace("\0", " ")
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             pass
     return found
 
@@ -283,7 +283,7 @@ def test_operators_that_were_never_compiled(jittor):
     try:
         while chunk := os.read(master, 1 << 16):
             shown += chunk
-    except OSError:  # the terminal's other side is closed, by the relay as well
+    except OSError:  # all writers, also the relay, have closed the terminal
         pass
     os.close(master)
     said, _ = process.communicate()
@@ -297,7 +297,7 @@ def test_operators_that_were_never_compiled(jittor):
 
 WAITING = PROGRAM + """
 import signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 print("waiting", flush=True)
 time.sleep(100)
 """
@@ -306,7 +306,7 @@ time.sleep(100)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_no_relay_is_left_behind(jittor, number):
-    """Ctrl-C goes to a terminal's whole process group; the relay outlives it, but not for long."""
+    """Ctrl-C does not reach the relay, but the relay must end soon after the main process."""
     process = start(WAITING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                     start_new_session=True)
     for line in process.stdout:
@@ -316,7 +316,7 @@ def test_no_relay_is_left_behind(jittor, number):
               if "compiling.py" in command)
     os.killpg(process.pid, number)
     try:
-        _, said = process.communicate(timeout=20)  # until nobody holds its stderr any more
+        _, said = process.communicate(timeout=20)  # returns when all processes have closed stderr
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The tests of all that computes once more, on a GPU: with Jittor's operators and our kernels."""
+"""Runs the tests of all computation on a GPU, with Jittor's operators and with our kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The CUDA sources on a machine without a GPU: do they compile, and do they match the C++ ones?
+"""The CUDA sources on a machine without a GPU: they compile, and they match the C++ sources.
 
-What they compute is tested in test_ops.py, where they run on the CPU under cuda_emulation.h.
+test_ops.py tests their results: there they run on the CPU with cuda_emulation.h.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "ops"
-# Those of the .cuh files that belong to an operator; the operators share the others.
-OPERATORS = sorted(path.stem for path in FOLDER.glob("*.cuh")
-                   if path.with_suffix(".py").is_file())
+# The operators that have a kernel; linear.h is only for the CPU.
+OPERATORS = sorted({path.stem for path in FOLDER.glob("*.*h")
+                    if path.with_suffix(".py").is_file()
+                    and re.search("^(KERNEL|__global__) ", path.read_text(), re.MULTILINE)})
 
-# What Jittor's code operator (src/ops/code_op.cc) puts around the code that calls our functions.
+# The code that Jittor's code operator (code_op.cc) puts around the code that calls our functions.
 AROUND = """
 namespace call{index} {{
 struct CodeOp {{ void jit_run(); std::vector<Var*> _inputs, _outputs; DataMap data; }};
@@ -43,12 +44,12 @@ struct Var { int64 num; index_t shape[8]; template <class T> T* ptr() { return n
 
 @pytest.fixture(scope="module")
 def calls(jittor):
-    """Every call that one use of each operator hands to Jittor for CUDA, by operator:
+    """The CUDA code that one use of each operator passes to Jittor, by operator:
     {code: [(name, number of dimensions, type) of inputs and outputs]}."""
     import ops
-    from ops.native import text_of
+    from ops.native import cuda_file, text_of
 
-    texts = {text_of(f"{name}.cuh"): name for name in OPERATORS}
+    texts = {text_of(cuda_file(name)): name for name in OPERATORS}
     found, code = {name: {} for name in OPERATORS}, jittor.code
 
     def record(shapes, dtypes, inputs, cuda_header=None, cuda_src=None, **others):
@@ -86,12 +87,12 @@ def calls(jittor):
     return found
 
 
-def functions_of(name: str) -> dict[str, str]:
-    """The functions of a file, in a .cuh file the kernels: {name: arguments}."""
+def functions_of(name: str, cuda: bool) -> dict[str, str]:
+    """The functions of a file or, for ``cuda``, the kernels: {name: arguments}."""
     from ops.native import text_of
 
     ours = re.sub(r"^#include <.*", "", text_of(name), flags=re.MULTILINE)
-    flags = ["-D__CUDACC__"] if name.endswith(".cuh") else []
+    flags = ["-D__CUDACC__"] if cuda else []
     text = subprocess.run(["g++", "-E", "-P", "-xc++", *flags, "-"], input=ours, check=True,
                           capture_output=True, text=True).stdout
     qualifier = "__global__ " if flags else ""
@@ -107,7 +108,10 @@ def launched_kernels(calls: dict) -> dict[str, str]:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_c_and_cuda_take_the_same_arguments(calls, operator):
-    on_cpu, on_cuda = (functions_of(f"{operator}.{kind}") for kind in ("h", "cuh"))
+    from ops.native import cuda_file
+
+    on_cpu = functions_of(f"{operator}.h", cuda=False)
+    on_cuda = functions_of(cuda_file(operator), cuda=True)
     launched = launched_kernels(calls[operator])
     assert launched and on_cuda.keys() == launched.keys()
     for name, names in launched.items():
@@ -118,11 +122,11 @@ def test_c_and_cuda_take_the_same_arguments(calls, operator):
 @pytest.mark.slow
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_nvcc_compiles_them(calls, operator, tmp_path):
-    from ops.native import text_of
+    from ops.native import cuda_file, text_of
 
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc; it comes with a CUDA toolkit")
-    kernels, units = text_of(f"{operator}.cuh"), []
+    kernels, units = text_of(cuda_file(operator)), []
     for index, (call, variables) in enumerate(calls[operator].items()):
         names = [f"""
             auto {name} = _{name[:-1]}puts[{name[-1]}];
@@ -133,10 +137,10 @@ def test_nvcc_compiles_them(calls, operator, tmp_path):
         units.append(AROUND.format(index=index, names="\n".join(names), call=call))
     file = tmp_path / "operator.cu"
     file.write_text("\n".join([kernels, START, *units]))
-    for standard in ("14", "17"):  # Jittor's own, and what newer toolkits ask for
+    for standard in ("14", "17"):  # Jittor uses 14; newer toolkits require 17
         compiled = subprocess.run(
             ["nvcc", f"-std=c++{standard}", "-arch=sm_80", "--use_fast_math", "-ptx", file,
              "-o", tmp_path / "operator.ptx"], capture_output=True, text=True)
         assert compiled.returncode == 0, compiled.stdout + compiled.stderr
         entries = (tmp_path / "operator.ptx").read_text().count(".entry")
-        assert entries >= len(functions_of(f"{operator}.cuh"))
+        assert entries >= len(functions_of(cuda_file(operator), cuda=True))

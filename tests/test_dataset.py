@@ -1,4 +1,4 @@
-"""Samples and their order against PyTorch's randperm, DistributedSampler and DataLoader."""
+"""Samples and their order as in PyTorch's randperm, DistributedSampler and DataLoader."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_permutation_is_torch_randperm(torch_side):
 
 @pytest.mark.parametrize("n, batch_size, seq_len, joint_lm", [
     (6, 3, 16, False),  # whole batches
-    (7, 3, 16, False),  # two positions are filled by drawing
+    (7, 3, 16, False),  # two positions are filled with random samples
     (1, 4, 16, True),  # a single sample
-    (9, 4, 8, False),  # samples longer than seq_len, some by their context alone
+    (9, 4, 8, False),  # samples longer than seq_len; in some, the context alone is longer
     (9, 4, 8, True),
 ])
 def test_batches_are_those_of_the_original(encoded, torch_side, n, batch_size, seq_len, joint_lm):
@@ -59,7 +59,7 @@ def test_batches_are_those_of_the_original(encoded, torch_side, n, batch_size, s
         assert seen.keys() == truth.keys()
         assert data.num_batches * len(epochs) * 3 == len(truth)
         for name, array in seen.items():
-            if name.endswith("target"):  # the last one of a sample that was cut counts nowhere
+            if name.endswith("target"):  # the last target of a cut sample is not counted
                 array, truth[name] = array[:, :-1], truth[name][:, :-1]
             elif name.endswith("mask"):
                 assert not array[:, -1].any()
@@ -93,7 +93,7 @@ def test_properties_of_an_epoch(tmp_path_factory, samples, batch_size, seq_len, 
             assert (target[:-1][counted[:-1]] == ids[1:][counted[:-1]]).all() and not counted[-1]
             seen.append((ids, tuple(target[counted])))
     assert len(seen) == len(data) == -(-len(samples) // batch_size) * batch_size
-    for ids, targets in wanted:  # every sample at least once
+    for ids, targets in wanted:  # every sample occurs at least once
         padded = np.array(list(ids) + [0] * (seq_len - len(ids)))
         assert any(np.array_equal(padded, i) and targets == t for i, t in seen)
 
@@ -103,11 +103,11 @@ def arrays(batches) -> list[tuple]:
 
 
 def test_fillers_continue_from_a_state(encoded):
-    """A second data set that takes over the state draws the same samples as the first goes on."""
+    """A data set that takes over the state of another draws the same samples from then on."""
     path = encoded(random_samples(9, 12))
     first, second, unaware = (FTDataset(path, 8, 24) for _ in range(3))  # 7 positions are filled
     arrays(first.batches(10, 1))
-    second.fill_state = json.loads(json.dumps(first.fill_state))  # as a state file holds it
+    second.fill_state = json.loads(json.dumps(first.fill_state))  # as stored in a state file
     for epoch in (2, 3):
         going_on = arrays(first.batches(10, epoch))
         assert arrays(second.batches(10, epoch)) == going_on
@@ -126,7 +126,7 @@ def test_a_malformed_state_of_fillers(encoded, change):
 
 @pytest.mark.parametrize("rank, world_size, drop_last", [(0, 1, False), (0, 1, True), (1, 2, True)])
 def test_the_batches_from_a_number_on(encoded, rank, world_size, drop_last):
-    """An epoch that is begun in its middle has the batches that were left of it."""
+    """An epoch that starts at a later batch has the remaining batches of the whole epoch."""
     data = FTDataset(encoded(random_samples(13, 12)), 3, 24)
     for epoch in (1, 2):
         states, whole = [data.fill_state], []
@@ -173,7 +173,7 @@ def test_a_context_longer_than_the_model(encoded):
 
 
 @pytest.mark.parametrize("samples, cut, learns", [
-    ([([1] * 7, [2]), ([1] * 8, [2]), ([1] * 9, [2])], 2, True),  # at 8 tokens
+    ([([1] * 7, [2]), ([1] * 8, [2]), ([1] * 9, [2])], 2, True),  # seq_len is 8
     ([([1] * 8, [2]), ([1] * 20, [2, 3])], 2, False),
     ([([1], [])], 0, False),
 ])

@@ -1,4 +1,4 @@
-"""The embedded demo's corpora: same bytes everywhere, true to their places, nothing leaks."""
+"""The demo's corpora: reproducible bytes, correct facts, and test places in no other file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def facts(text: str) -> set[str]:
 
 
 def told(prose: str, vocabulary: set[str]) -> set[str]:
-    """The values of ``vocabulary`` that a text in prose tells, once each."""
+    """The values of ``vocabulary`` in a prose text, each of which may occur only once."""
     values = {value for value in vocabulary if value in prose}
     assert all(prose.count(value) == 1 for value in values), prose
     return values | {value for value, phrase in FAMILY_FRIENDLY.items() if phrase in prose}
@@ -63,7 +63,7 @@ def test_same_bytes_whatever_the_python(files, tmp_path):
     assert sorted(files) == sorted(f"{name}_formatted.jsonl" for name in NAMES)
     assert generate(tmp_path / "again", hash_seed="7") == files
     assert generate(tmp_path / "other", "--seed", "1") != files
-    # The same under every supported Python; change it together with the generator.
+    # Every supported Python gives this digest; update it when the generator changes.
     digest = hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
     assert digest == "32eb28be6ac5321ec1364d158d961b985e397b7dd3a1028192115fcd90370421"
 
@@ -90,7 +90,7 @@ def test_completions_tell_the_facts_of_their_contexts(corpora):
 
 
 def test_places_of_test_are_in_no_other_file(corpora):
-    """Whatever the notation: a place is the set of its facts."""
+    """Places are compared as sets of facts, so the notation does not matter."""
     records = {context for name in ("train", "valid") for context, _ in corpora[name]}
     tests = {context for context, _ in corpora["test"]}
     vocabulary = set().union(*map(facts, records)) - set(FAMILY_FRIENDLY)
@@ -108,7 +108,7 @@ def test_each_test_place_has_adjacent_distinct_references(corpora):
 
 
 def test_sequences_fit_the_demo(corpora, vocab):
-    """Context and completion within seq_len 64 and eval_len 32, their end tokens counted."""
+    """Context and completion, with their end tokens, fit in seq_len 64 and eval_len 32."""
     bpe = get_encoder(vocab)
     for context, completion in sum(corpora.values(), []):
         assert len(bpe.encode(context)) + 1 <= 32, context

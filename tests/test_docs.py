@@ -1,6 +1,6 @@
-"""What the documents say against what the programs do: flags, variables, messages, links, twins.
+"""Compares the documents with the programs: flags, variables, messages; links, translations.
 
-Flags and defaults come from the scripts' own parsers, variables and messages from their text.
+Flags and defaults come from the scripts' parsers, variables and messages from the source code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DOCUMENTS = sorted({str(path.relative_to(ROOT)) for path in (
     *ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("align/README*.md"),
     ROOT / "CONTRIBUTING.md")})
 WORDS = {"required": "required", "必填": "required", "off": "off", "关": "off", "none": "none",
-         "无": "none"}  # for defaults that are no values
+         "无": "none"}  # for defaults that are not values
 
 
 # Reading a document
@@ -44,13 +44,13 @@ class Row:
 
     @property
     def names(self) -> list[str]:
-        """What the first cell has in backticks."""
+        """The texts in backticks in the first cell."""
         return re.findall(r"`([^`]+)`", self.cells[0])
 
 
 @dataclass
 class Document:
-    """What a Markdown file has that can be right or wrong."""
+    """The parts of a Markdown file that the tests check."""
 
     headings: list[tuple[int, str]] = field(default_factory=list)
     tables: list[list[Row]] = field(default_factory=list)
@@ -63,13 +63,13 @@ class Document:
 
 
 def anchor(heading: str) -> str:
-    """What GitHub makes of a heading."""
+    """The anchor that GitHub makes from a heading."""
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
     return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
 
 
 def parse(text: str) -> Document:
-    """Headings, and bold rows of tables, name scripts by their paths in backticks."""
+    """Parses Markdown. Paths in backticks in a heading or a bold table row name scripts."""
     document, scripts, line_of_table, fenced = Document(), (), 0, False
     for line in text.splitlines():
         if line.startswith("```"):
@@ -151,7 +151,7 @@ for path in sys.argv[2:]:
     except Caught as end:
         parser, = end.args
     found[path] = []
-    if hasattr(parser, "section"):
+    if getattr(parser, "section", None):
         found[path].append({"names": ["@FILE"], "default": "none"})
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction) and action.help != argparse.SUPPRESS:
@@ -166,9 +166,9 @@ print(json.dumps(found))
 
 @lru_cache(None)
 def parsers(*scripts: str) -> dict[str, list[dict]]:
-    """The flags of each script, as its parser has them, with defaults as the tables write them.
+    """The flags of each script's parser, with defaults in the form that the tables use.
 
-    All in one process, so no two scripts may need modules of one name from different folders.
+    All scripts run in one process, so they must not import different modules of the same name.
     """
     environment = {name: value for name, value in os.environ.items()
                    if name not in ("PT_OUTPUT_DIR", "PYTHONPATH")}
@@ -179,7 +179,7 @@ def parsers(*scripts: str) -> dict[str, list[dict]]:
 
 
 def contradictions(rows: list[Row], flags: list[dict], prose: bool = False) -> list[str]:
-    """What a script's rows have wrong; with ``prose``, words may stand for a default of none."""
+    """The errors in a script's rows; with ``prose``, any text may stand for the default none."""
     wrong, left = [], {name: flag for flag in flags for name in flag["names"]}
     for row in rows:
         documented = row.cells[1].strip('"')
@@ -219,7 +219,7 @@ def test_each_script_reads_the_section_that_its_table_says(name):
     for script, section in (("src/gpt2_ft.py", "gpt2_ft"), ("src/gpt2_beam.py", "gpt2_beam")):
         row, = (row for row in rows_of(name, script) if row.names == ["@FILE"])
         assert f"`[{section}]`" in row.cells[2]
-        assert f'ArgumentParser("{section}"' in (ROOT / script).read_text()
+        assert f'ArgumentParser(__doc__, "{section}")' in (ROOT / script).read_text()
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -256,7 +256,7 @@ def test_flags_of_the_alignment(name, align_flags):
 
 @pytest.mark.slow
 def test_the_pytorch_side_has_the_flags_of_ours(align_flags):
-    """docs/reference.md: the flags of stages 3 and 4 with their defaults, but for these."""
+    """docs/reference.md: flags and defaults are those of stages 3 and 4, with these exceptions."""
     for theirs, ours in (("align/torch_train.py", "src/gpt2_ft.py"),
                          ("align/torch_beam.py", "src/gpt2_beam.py")):
         tables = [{name: flag["default"] for flag in flags for name in flag["names"]}
@@ -323,7 +323,7 @@ def variables_of_shell(text: str) -> dict[str, str]:
                           + re.findall(r"\$([A-Z][A-Z0-9_]*)\b", code), "")
     for name in re.findall(r"\b([A-Z][A-Z0-9_]*)=", code):
         if f"${{{name}:-" not in code:
-            found.pop(name, None)  # only its own
+            found.pop(name, None)  # a variable of the script itself
     for pairs in re.findall(r"^ *override ((?:.*\\\n)*.*)", code, re.M):
         found.update(dict.fromkeys(re.findall(r"([A-Z_]+)=", pairs), ""))
     found.update(re.findall(r"\$\{([A-Z][A-Z0-9_]*):-([^${}]*)\}", code))
@@ -331,7 +331,7 @@ def variables_of_shell(text: str) -> dict[str, str]:
 
 
 def variables_of_python(text: str) -> dict[str, str]:
-    """The same of a Python file; setdefault is counted, for what is set already stays."""
+    """The same for a Python file; setdefault counts because it keeps a value that is set."""
     found = {}
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in (
@@ -355,7 +355,7 @@ def variables(*patterns: str) -> dict[str, str]:
     return found
 
 
-# The files that read the variables of a script, and those that no user should set
+# By script: the files that read its variables, and the variables that no user should set
 READ_BY = {
     "work.sh": (["work.sh"], set()),
     "create_datasets.sh": (["create_datasets.sh"], set()),
@@ -401,7 +401,7 @@ def test_variables_of_a_script(name, script):
     rows = [row for row in variable_rows(read(name)) if script in row.scripts]
     documented = {variable for row in rows for variable in row.names}
     assert documented <= truth.keys()
-    if script.startswith("src/"):  # those of Jittor have a table of their own
+    if script.startswith("src/"):  # Jittor's variables have a separate table
         documented |= {variable for row in variable_rows(read(name)) for variable in row.names}
     assert truth.keys() <= documented
     if script != "work.sh":
@@ -423,7 +423,7 @@ def test_every_variable_is_read(name):
 
 
 def flags_in(*files: str, section: str) -> dict[str, str]:
-    """What flag files set for a script, each overriding those before."""
+    """The flags that files set for a script; each file overrides those before it."""
     found = {}
     for file in files:
         ini = configparser.ConfigParser(allow_no_value=True, interpolation=None)
@@ -434,7 +434,7 @@ def flags_in(*files: str, section: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_defaults_of_work_sh(name):
-    """Those of a variable that overrides a flag are in the flag files, else in the parser."""
+    """A variable that overrides a flag has the default of the flag files, else of the parser."""
     text = (ROOT / "work.sh").read_text()
     rows = {row.names[0]: row.cells[1:3] for row in variable_rows(read(name))
             if row.scripts == ("work.sh",)}
@@ -493,12 +493,12 @@ Words = tuple  # of str
 
 
 def words(text: str) -> Words:
-    """What stands between blanks, without punctuation around it."""
+    """The parts of a text between blanks, without the punctuation around them."""
     return tuple(word for part in text.split() if (word := part.strip(":;,.()'\"“”[]")))
 
 
 def constant_parts(pieces: list[str]) -> list[Words]:
-    """The words between the gaps of a template; those that touch a gap belong to its value."""
+    """The words between the values in a template; a word joined to a value belongs to it."""
     parts = []
     for number, piece in enumerate(pieces):
         found = piece.split(" ")
@@ -512,7 +512,7 @@ def constant_parts(pieces: list[str]) -> list[Words]:
 
 @lru_cache(None)
 def fragments() -> set[Words]:
-    """The fixed words of the messages in all programs, and of the systems's own."""
+    """The fixed words of the messages of all programs and of the operating system."""
     found = {words(os.strerror(number)) for number in errno.errorcode}
     found |= {words(text) for text in (
         "timed out", "unrecognized arguments", "misshapen", "missing", "unexpected")}
@@ -535,7 +535,7 @@ def fragments() -> set[Words]:
 
 @lru_cache(None)
 def places() -> dict[str, list[tuple[Words, int]]]:
-    """Of each word, the fragments that have it, and where."""
+    """For each word, the fragments that contain it and its positions in them."""
     found = {}
     for fragment in fragments():
         for place, word in enumerate(fragment):
@@ -544,9 +544,9 @@ def places() -> dict[str, list[tuple[Words, int]]]:
 
 
 def made_up(message: str) -> list[str]:
-    """The words of a message (``...`` stands for any) that no program prints.
+    """The words of a documented message that no program prints; ``...`` stands for any words.
 
-    A fragment counts if the message has all of it, or all up to where the message leaves off.
+    A fragment matches if the message contains all of it, or starts or ends within it.
     Names in quotes, folders, numbers and paths stand for any value.
     """
     wrong = []
@@ -623,14 +623,14 @@ def test_broken_links_are_seen():
 
 
 def without_prose(language: str, line: str) -> str | list[str]:
-    """A line of code without its comment; of text or a diagram the names and numbers."""
+    """A line of code without its comment; of text or a diagram, only the names and numbers."""
     if language:
         return re.sub(r"(^|\s+)#.*", "", line)
     return re.findall(r"[\w./*+-]*[0-9_./][\w./*+-]*", line, re.ASCII)
 
 
 def differences(ours: Document, theirs: Document) -> list[str]:
-    """Where two documents that should be translations of each other are not alike."""
+    """The differences between two documents that should be translations of each other."""
     found = []
 
     def compare(what, *values):
@@ -667,7 +667,7 @@ def test_differences_are_seen():
 
 
 def test_tests_that_are_named_exist():
-    """docs/design.md names the tests that stand for each guarantee."""
+    """docs/design.md names the tests that check each guarantee."""
     tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
     for name in DOCUMENTS:
         text = (ROOT / name).read_text()

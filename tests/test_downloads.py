@@ -1,4 +1,4 @@
-"""Downloads against servers on this machine: resumed, verified, whole or not at all."""
+"""Downloads from local servers: transfers resume, and only complete verified files are kept."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 class Server(ThreadingHTTPServer):
     """Serves ``files`` (path to bytes) and ``redirections`` (path to target and headers).
 
-    ``breaks`` are numbers of bytes after which the next answers break off; ``ranges`` says
-    whether the server knows ranges. ``seen`` lists the method, path and range of each request.
+    ``breaks`` are numbers of bytes after which the next responses break off; ``ranges`` is
+    whether the server supports ranges. ``seen`` lists the method, path and range of each request.
     """
 
     daemon_threads = True
@@ -270,7 +270,7 @@ def test_checkpoint(hub, tmp_path, stated_by):
     assert files_in(tmp_path) == ["small.bin"]
     download_checkpoints.download(checkpoint, tmp_path, hub.url)
     transfers = [span for method, path, span in hub.seen if (method, path) == ("GET", "/storage")]
-    assert transfers == [None, "bytes=1000-"]  # and none for the second time
+    assert transfers == [None, "bytes=1000-"]  # the second call transfers nothing
 
 
 def test_checkpoint_of_a_renamed_repository(hub, tmp_path):
@@ -348,7 +348,7 @@ def test_vocabulary_damaged_is_replaced_and_right_is_left(root, vocab, tmp_path)
     for name in names:
         assert (folder / name).read_bytes() == (vocab / name).read_bytes()
     shutil.rmtree(tmp_path / "index")
-    assert download_vocab(root, folder, tmp_path / "index").returncode == 0  # pip is not asked
+    assert download_vocab(root, folder, tmp_path / "index").returncode == 0  # without pip
 
 
 def test_vocabulary_other_than_openais_is_not_kept(root, tmp_path):

@@ -1,4 +1,4 @@
-"""The byte-level BPE against tiktoken's gpt2."""
+"""The byte-level BPE compared with tiktoken's gpt2."""
 
 import json
 import time
@@ -35,7 +35,7 @@ def test_odd_texts(encoder, tiktoken_gpt2, text):
     assert encoder.decode(ids) == text
 
 
-# words of the language, blanks and any characters, so that all branches of the pattern meet
+# words, blanks and arbitrary characters, so that the texts use all branches of the pattern
 TEXT = st.lists(st.one_of(
     st.text(max_size=12),
     st.text(st.characters(categories=["L", "N", "Z", "M"]), max_size=12),
@@ -53,7 +53,7 @@ def test_equals_tiktoken_and_inverts(encoder, tiktoken_gpt2, text):
 
 
 def test_every_kind_of_character(encoder, tiktoken_gpt2):
-    """Letters, numbers and blanks are those of tiktoken's Unicode version; see the pin of regex."""
+    """regex is pinned because its Unicode version must classify characters as tiktoken does."""
     points = [*range(0, 0xD800, 3), *range(0xE000, 0x20000, 3), *range(0x20000, 0x110000, 32)]
     for start in range(0, len(points), 2000):
         text = "".join(f"a{chr(point)}1{chr(point)}!" for point in points[start:start + 2000])
@@ -95,7 +95,7 @@ def test_the_whole_corpus(encoder, tiktoken_gpt2, shared):
     text = (shared / "data/e2e/train_7570.txt").read_text(encoding="utf-8")
     started = time.process_time()
     ids = encoder.encode(text)
-    assert time.process_time() - started < 10  # of the 60 s that all 42,061 lines may take
+    assert time.process_time() - started < 10  # the limit for all 42,061 lines is 60 s
     assert ids == tiktoken_gpt2.encode_ordinary(text)
 
 
@@ -125,7 +125,7 @@ def change_token(tokens):
     tokens.write_text(json.dumps(vocabulary))
 
 
-def cut_table(table):  # at a line's end, so that every line that is left is whole
+def cut_table(table):  # at the end of a line, so that every remaining line is complete
     table.write_text("".join(table.read_text(encoding="utf-8").splitlines(keepends=True)[:-100]),
                      encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Flags: the numbers they take, files of them, and how work.sh puts them together."""
+"""Flags: the values they accept, flag files, and the commands that work.sh builds from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import run_main
 
 from runtime.flags import ArgumentParser, at_least, between, read_flags, seed, share
 
-# The user's document: the commands of stages 3 and 4, but for the names of files.
+# The commands of stages 3 and 4 in the user's document, without the names of files.
 FT = shlex.split("""--train_batch_size 2 --grad_acc 2 --valid_batch_size 1 --seq_len 64
     --model_card gpt2.sm --clip 0.0 --lr 0.0002 --weight_decay 0.01 --adam_beta2 0.999
     --scheduler linear --warmup_step 500 --max_epoch 5 --save_interval 1000 --lora_dim 4
@@ -55,8 +55,8 @@ def ini(tmp_path):
 
 @pytest.fixture
 def parse(monkeypatch):
-    """The values of flags as a script gets them from the command line."""
-    parser = ArgumentParser("mine", description="")
+    """Parses words as a script does; returns the values that differ from the defaults."""
+    parser = ArgumentParser("What it does.", "mine")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.5)
     parser.add_argument("--name", default="none")
@@ -169,7 +169,7 @@ def test_the_experiments_file_holds_the_documents_flags(root, section):
 
 
 def values_of(script: str, words) -> dict:
-    """What a stage's own parser makes of its words."""
+    """The values that a stage's own parser returns for these words."""
     import gpt2_beam
     import gpt2_ft
 
@@ -185,7 +185,7 @@ def test_the_experiments_file_means_the_documents_command(root, monkeypatch, sec
         section, [*DOCUMENT[section], *files])
 
 
-# Notes the words of each command, and leaves a checkpoint where training would.
+# Records the words of each command, and creates a checkpoint where training would.
 PYTHON = """#!/usr/bin/env bash
 case "${1:-}" in *.py) printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS" ;; esac
 while (( $# )); do
@@ -198,7 +198,7 @@ done
 
 @pytest.fixture
 def work(root, tmp_path, monkeypatch):
-    """Runs work.sh with a Python that only notes; returns each stage's words by script."""
+    """Runs work.sh with this stand-in for Python; returns each stage's words by script."""
     for file in ("work.sh", "setup.sh", "requirement.txt"):
         shutil.copy(root / file, tmp_path / file)
     (tmp_path / "data/demo").mkdir(parents=True)
@@ -256,7 +256,7 @@ def test_work_runs_the_documents_commands(work):
     assert called["measure_scores"] == [["e2e_ref.txt", "e2e_pred.txt", "-p"]]
 
 
-VARIABLES = [  # and what they change of stages 3 and 4
+VARIABLES = [  # and the values that they change in stages 3 and 4
     ({"EPOCHS": 1}, {"max_epoch": 1}, {}),
     ({"BATCH_SIZE": 3}, {"train_batch_size": 3}, {}),
     ({"GRAD_ACC": 1}, {"grad_acc": 1}, {}),

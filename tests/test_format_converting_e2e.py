@@ -1,4 +1,4 @@
-"""Stage 1 against the original's output, and against what users get wrong."""
+"""Stage 1: the same output as the original, and errors for invalid input."""
 
 import json
 import random
@@ -6,8 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
-import format_converting_e2e as stage
 
 LINES = [f"name : Place {i % 40}||This is text {i} ." for i in range(250)]
 
@@ -118,6 +116,14 @@ def test_an_error_leaves_the_old_output(convert):
     assert target.read_bytes() == old
 
 
-def test_draw_does_not_loop_for_ever():
-    with pytest.raises(ValueError, match="3 different .* wanted, there are 2"):
-        stage.draw([{"context": c, "completion": ""} for c in "aab"], 3, 0)
+def test_draw_does_not_loop_for_ever(convert):
+    process, _ = convert(raw(["a||x", "a||y", "a||z", "b||x"]), "--fraction", "0.75")
+    assert process.returncode == 1 and "3 different meaning" in process.stderr
+    assert "there are 2; take a smaller --fraction" in process.stderr
+
+
+@pytest.mark.parametrize("share", ["NaN", "sNaN", "Infinity", "0", "1.01", "x", "-0.5"])
+def test_fraction_refuses_what_is_no_share(convert, share):
+    process, _ = convert(raw(LINES), "--fraction", share)
+    assert process.returncode == 2 and "--fraction" in process.stderr
+    assert "Traceback" not in process.stderr

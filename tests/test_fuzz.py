@@ -1,7 +1,7 @@
-"""Damaged input to every stage: it ends well or with one line, and leaves no half output.
+"""Damaged input to every stage: it succeeds or prints one error line; no output is incomplete.
 
-A hundred or so files a stage in CI; ``FUZZ_EXAMPLES=10000 bash run_tests.sh tests/test_fuzz.py``
-tries that many new ones of each kind.
+In CI, each test uses the same 40 to 200 damaged files in every run. ``FUZZ_EXAMPLES=10000 bash
+run_tests.sh tests/test_fuzz.py`` uses that many new random ones in each test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PIECES = [b"", b"{", b"}", b"[", b"]", b'"', b":", b",", b"\n", b"\r\n", b"\n\n"
 
 
 def fuzz(*strategies, examples: int):
-    """``given`` with as many examples as this run is to try: the same ones each time in CI."""
+    """``given`` with this run's number of examples; in CI they are the same in every run."""
     def decorate(test):
         return settings(max_examples=NIGHTLY or examples, deadline=None, database=None,
                         derandomize=not NIGHTLY,
@@ -69,7 +69,7 @@ class Stage:
         self.folder, self.files, self.flags, self.outputs = folder, files, flags, outputs
 
     def __call__(self, name: str, data: bytes) -> int:
-        """Runs it with ``data`` in the place of one of its files; returns the exit code."""
+        """Runs it with ``data`` as the file ``name``; checks the outputs, returns the exit code."""
         for path in self.folder.iterdir():
             if path.is_file():
                 path.unlink()
@@ -114,7 +114,7 @@ def encode(tmp_path_factory, vocab):
     once = importlib.import_module("encoder").get_encoder(vocab)
     module = importlib.import_module("gpt2_encode")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "get_encoder", lambda _: once)  # reading it takes a while
+        patch.setattr(module, "get_encoder", lambda _: once)  # reading the vocabulary is slow
         yield Stage("gpt2_encode", folder, {"in.jsonl": FORMATTED},
                     ["--vocab", vocab, "--input", folder / "in.jsonl", "--output",
                      folder / "out.jsonl", "--add_bos", "--add_eos"], ["out.jsonl"])
@@ -245,7 +245,7 @@ def test_train(train, damaged, name):
         assert (folder / "out" / "model.4.pt").is_file()
     else:
         assert said.startswith("error: ") and len(said.splitlines()) == 1, said
-        diverged = "--lr" in said  # a changed weight may be a huge one
+        diverged = "--lr" in said  # training diverges if a damaged weight is huge
         assert diverged or not (folder / "out").exists()
 
 

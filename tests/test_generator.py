@@ -1,4 +1,4 @@
-"""Step-by-step decoding with cached keys and values against PyTorch, which has no cache here."""
+"""Step-by-step decoding with a key/value cache, compared with PyTorch without a cache."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def generator(jittor, small_model):
     return Generator(small_model(seed=3))
 
 
-# query lengths, beams; the longest query is not the last one
+# lengths of the queries, number of beams; in the second case the longest query is not the last
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("lengths, beams", [((4,), 1), ((1, 6, 3), 2)])
 def test_cached_decoding(jittor, small_model, generator, torch_side, lengths, beams, at_once):
-    """Each step's logits are those of the whole sequence computed anew, also if beams are dropped,
-    doubled or change places; and whether they are fetched at each step or all at the end."""
+    """Each step's logits equal those computed from the whole sequence, also if beams are dropped,
+    duplicated or reordered, and whether logits are fetched at each step or all at the end."""
     steps, random = 4, np.random.default_rng(beams)
     queries = [random.integers(CARD["vocab_size"], size=n).tolist() for n in lengths]
     padded = np.zeros((len(lengths), max(lengths)), np.int32)
     for row, query in enumerate(queries):
         padded[row, :len(query)] = query
 
-    sequences, ours = list(queries), []  # every sequence, and our logits behind it
+    sequences, ours = list(queries), []  # each sequence, and our logits for its next token
     with jittor.no_grad():
         out, cache = generator.start(padded, np.array(lengths), steps, beams)
         ours.append(out.numpy() if at_once else out)
-        # The first step makes the beams from one row of each sample.
+        # start() returns one row for each query; the first step makes all beams from it.
         current, origin = queries, np.repeat(np.arange(len(lengths)), beams)
         for _ in range(steps):
             tokens = random.integers(CARD["vocab_size"], size=(len(lengths), beams))
@@ -71,7 +71,7 @@ def test_two_caches_are_independent(jittor, generator):
 
 
 def test_the_model_stays_as_it_was(jittor, small_model):
-    """A model that trains with dropout can be made a generator of, and trains on."""
+    """Making a Generator does not change the model, which is in training mode with dropout."""
     import lora
     from generator import Generator
 
@@ -83,7 +83,7 @@ def test_the_model_stays_as_it_was(jittor, small_model):
     query = np.array([[5, 9, 2]], np.int32)
     with jittor.no_grad():
         logits = [generator.start(query, np.array([3]), 1, 1)[0].numpy() for _ in range(2)]
-    assert np.array_equal(*logits)  # no dropout in the generator, whatever the seed
+    assert np.array_equal(*logits)  # the generator does not use dropout
     assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
     assert all(layer.is_training() for layer in model.modules())
     after = weights_of(model)

@@ -1,4 +1,4 @@
-"""Stage 5 against the original's references and rules, and against what users get wrong."""
+"""Stage 5 compared with the original's references and rules, and its errors for wrong input."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from runtime.errors import InputError
 
 END, EMPTY_LINE = 50256, 628
 
-# two inputs of one context, apart from each other; "cate" as in WebNLG's files
+# The first and the last record have the same context. "cate" is a field of WebNLG's files.
 RECORDS = [
     {"context": "name : A", "completion": "A is Good.", "cate": True},
     {"context": "name : B", "completion": "B, isn't!<|endoftext|>not this", "cate": False},
@@ -40,7 +40,7 @@ def samples(sample):
 @pytest.fixture
 def decode(root, vocab, tmp_path):
     """Runs the script on the given records; returns the process, the references' path and the
-    predictions' path. None leaves a file out, bytes are written as they are."""
+    predictions' path. For None a file is not written; bytes are written unchanged."""
     def run(records, samples, *flags):
         paths = {flag: tmp_path / flag for flag in FLAGS[1:]}
         for flag, lines in (("input_file", records), ("sample_file", samples)):
@@ -68,7 +68,7 @@ def test_references_of_the_original(decode, shared):
 
 
 def test_encoded_completions_come_back_as_text(decode, shared):
-    """Stages 2 and 5 are inverse: the ids of the expected file give its completions."""
+    """Stage 5 inverts stage 2: the ids of the expected file are decoded to its completions."""
     folder = shared / "expected/e2e"
     ids = [json.loads(line)["completion"] for line in open(folder / "test.jsonl")]
     texts = [json.loads(line)["completion"] for line in open(folder / "test_formatted.jsonl")]
@@ -147,7 +147,7 @@ def test_wrong_unique_ids(decode, samples, tmp_path, ids, message):
 
 
 def test_a_prediction_is_one_line(decode, sample):
-    """A line break within it would shift every later prediction against its references."""
+    """A line break inside a prediction would pair all later predictions with wrong references."""
     process, _, predictions = decode(RECORDS[:2], [sample(0, " A\nis \r\n here", END),
                                                    sample(1, "\n", END)])
     assert process.returncode == 0, process.stderr
@@ -231,7 +231,7 @@ def test_tokenize_splits_at_every_character_that_is_no_word():
 
 
 def test_a_full_disk_replaces_none_of_several_files(tmp_path):
-    """The first would fit; a limit on the size of files plays the disk."""
+    """A limit on the file size simulates the full disk; only the first file is within the limit."""
     files = {tmp_path / "ref.txt": ["new"], tmp_path / "pred.txt": ["new" * 1000]}
     for path in files:
         path.write_text("old")

@@ -1,4 +1,4 @@
-"""Stage 2 against the original's output and tiktoken, and against what users get wrong."""
+"""Stage 2 compared with the original's output and tiktoken, and its errors for wrong input."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The training script: what it leaves, that it repeats itself, and that it follows PyTorch."""
+"""The training script: its output files, reproducibility and agreement with PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import run_main
 
-STEPS = 12  # of the runs below: 7 samples make 4 batches of 2, three epochs
+STEPS = 12  # of the runs below: 3 epochs, in each of which 7 samples make 4 batches of 2
 FLAGS = ["--train_batch_size", "2", "--valid_batch_size", "2", "--grad_acc", "2",
          "--seq_len", "24", "--model_card", "gpt2.nano", "--lr", "0.01", "--weight_decay", "0.01",
          "--adam_beta2", "0.999", "--scheduler", "linear", "--warmup_step", "4",
@@ -25,7 +25,7 @@ FLAGS = ["--train_batch_size", "2", "--valid_batch_size", "2", "--grad_acc", "2"
 
 
 def run_script(root, script, *flags):
-    # Each side takes its own loralib: nothing of pytest's path is handed on.
+    # The script must find its modules by itself, so it does not get our PYTHONPATH.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run([sys.executable, root / script, *map(str, flags)], cwd=root,
                           env=environment, capture_output=True, text=True)
@@ -44,7 +44,7 @@ def rows(work_dir):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """train.jsonl of 7 samples, some longer than seq_len, and valid.jsonl of 3."""
+    """A folder with train.jsonl (7 samples, some longer than seq_len) and valid.jsonl (3)."""
     folder, draw = tmp_path_factory.mktemp("data"), random.Random(1)
     for name, count in (("train", 7), ("valid", 3)):
         with open(folder / f"{name}.jsonl", "w") as file:
@@ -58,7 +58,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(root, data, tmp_path_factory):
-    """A whole random model: what one step at learning rate 0 leaves of it."""
+    """A checkpoint of all weights of a random model; its one step has learning rate 0."""
     folder = tmp_path_factory.mktemp("base")
     done = train(root, data, folder, "--lora_dim", 0, "--lr", 0, "--max_step", 1)
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ def here(jittor, monkeypatch):
 
 @pytest.fixture
 def train_here(here, data):
-    """The same of the training script; takes the work dir and flags."""
+    """Runs the training script's main in this process; takes the work dir and flags."""
     import gpt2_ft
 
     return lambda work_dir, *flags: here(gpt2_ft.main, *flags_of(data, work_dir, *flags))
@@ -98,7 +98,7 @@ def train_here(here, data):
 
 @pytest.fixture(scope="module")
 def trained(root, data, base, tmp_path_factory):
-    """(the finished process, its work dir) of a run with LoRA's dropout on."""
+    """(finished process, work dir) of a run with LoRA's dropout."""
     folder = tmp_path_factory.mktemp("trained")
     done = train(root, data, folder, "--init_checkpoint", base, "--lora_dropout", 0.1)
     assert done.returncode == 0, done.stderr
@@ -127,7 +127,7 @@ def test_log_lines_are_those_of_the_original(trained):
     assert float(trains[1][4]) == pytest.approx(losses[9], abs=0.0051)
     assert float(trains[1][5]) == pytest.approx(np.mean(losses[5:10]), abs=0.0051)
     assert float(trains[1][6]) == pytest.approx(np.exp(np.mean(losses[5:10])), rel=1e-3)
-    # the logged learning rate is that of the next micro-batch: 10 of 12 done, 4 to warm up
+    # the logged learning rate is that of the next micro-batch; 10 of 12 are done, 4 are warm-up
     assert float(trains[1][3]) == pytest.approx(0.01 * 2 / 8, rel=1e-2)
 
 
@@ -198,7 +198,7 @@ def test_follows_pytorch(root, data, base, trained, tmp_path, flags):
 
 
 def fails(done, *parts):
-    """One line on stderr that holds ``parts``, exit code 1."""
+    """Asserts exit code 1 and one line on stderr, which contains all ``parts``."""
     assert done.returncode == 1, done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
     for part in parts:
@@ -235,7 +235,7 @@ def test_completions_beyond_seq_len(train_here, base, tmp_path, monkeypatch):
                       "--seq_len", 4, "--max_step", 1, "--init_checkpoint", base)
     assert done.returncode == 0, done.stderr
     assert said.count(f"{bad}: 1 of 2 samples lose their whole completion to --seq_len 4; raise "
-                      "it to learn from them") == 2  # as training and as validation data
+                      "it to learn from them") == 2  # for the training and for the validation data
 
 
 def test_lora_alone_as_init_checkpoint(train_here, trained, tmp_path):
@@ -257,7 +257,7 @@ def test_loss_no_longer_finite(root, data, base, tmp_path):
                 "--warmup_step", 0), "step 3", "--lr")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write to any folder")
 def test_work_dir_that_cannot_be_written(train_here, tmp_path):
     tmp_path.chmod(0o500)
     fails(train_here(tmp_path / "out"), tmp_path / "out", "--work_dir")
@@ -286,7 +286,7 @@ def test_neither_epochs_nor_steps(root):
 
 @pytest.fixture(scope="module")
 def predictions(root, data, trained, tmp_path_factory):
-    """Beam search over valid.jsonl and a copy of its first line; returns flags -> lines."""
+    """Runs beam search on valid.jsonl and a copy of its first line; returns the output."""
     folder = tmp_path_factory.mktemp("beam")
     lines = (data / "valid.jsonl").read_text().splitlines()
     (folder / "test.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")

@@ -1,4 +1,4 @@
-"""LoRA's layer and its functions against Microsoft's loralib."""
+"""LoRA's layer and functions compared with Microsoft's loralib."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def lora(jittor):
 @pytest.mark.parametrize("enable_lora", [(True,), (True, False, True), (False, True, False),
                                          (True, True)])
 def test_merged_linear(lora, jittor, torch_side, enable_lora):
-    """Output and the gradients of input, weight, bias and both LoRA matrices."""
+    """Compares the output and the gradients of input, weight, bias and both LoRA matrices."""
     n_in, width, r, alpha = 7, 5, 2, 3
     layer = lora.MergedLinear(n_in, width * len(enable_lora), r, alpha, enable_lora=enable_lora)
     random = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def test_training_starts_at_the_base_model(lora, jittor):
 
 
 def test_first_lora_A_is_kaiming_uniform(lora):
-    """With a = sqrt(5): uniform within 1 / sqrt(in_features)."""
+    """With a = sqrt(5), values are uniform between -b and b, where b = 1 / sqrt(in_features)."""
     values = lora.MergedLinear(400, 12, r=8).lora_A.numpy() * 20
     assert values.shape == (8, 400)
     assert 0.99 < np.abs(values).max() <= 1
@@ -81,7 +81,7 @@ def test_state_dict_is_the_original_ones(lora, small_model, torch_side):
 
 
 def dropped_out(jittor, layer, step=1, seed=1):
-    """Which inputs the layer's detour drops: its output for each unit vector alone."""
+    """The layer's output for each unit vector; it is 0 where dropout drops the input."""
     import lora
 
     lora.seed_dropout(layer, seed, step)
@@ -91,7 +91,7 @@ def dropped_out(jittor, layer, step=1, seed=1):
 
 @pytest.fixture
 def layer(lora, jittor):
-    """A layer of which only the detour is left, with a half of its inputs dropped."""
+    """A layer whose frozen weight is 0, so that its output is LoRA's alone; dropout is 0.5."""
     layer = lora.MergedLinear(24, 12, r=2, lora_alpha=2, lora_dropout=0.5)
     layer.weight.assign(jittor.zeros((24, 12)))
     layer.lora_B.assign(jittor.ones((12, 2)))
@@ -117,7 +117,7 @@ def test_dropout_mask_is_of_seed_step_and_layer(layer, lora, jittor):
     assert np.array_equal(first, dropped_out(jittor, layer))
     assert not np.array_equal(first, dropped_out(jittor, layer, step=2))
     assert not np.array_equal(first, dropped_out(jittor, layer, seed=2))
-    # seed 1 at step 12 and seed 11 at step 2 are not the same digits
+    # the mask must not depend on the joined digits of seed and step, here "112" in both
     assert not np.array_equal(dropped_out(jittor, layer, step=12),
                               dropped_out(jittor, layer, step=2, seed=11))
 

@@ -1,4 +1,4 @@
-"""eval/e2e: the metrics against hand-computed values, NLTK and the challenge's own figures."""
+"""eval/e2e: the metrics compared with values computed by hand, NLTK and the challenge's scores."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_bleu_by_hand():
 
 
 def test_bleu_of_a_document_adds_up_counts():
-    # 4 of 4 and 1 of 2 unigrams: 5 of 6, not the mean of the two segments' scores.
+    # 4 of 4 and 1 of 2 unigrams match: 5 of 6, which is not the mean of the segments' scores.
     assert score(Bleu(max_n=1), ("A b c d", ["a b c d"]), ("a x", ["a b"])) == pytest.approx(5 / 6)
 
 
@@ -72,12 +72,12 @@ def test_bleu_takes_the_closest_reference_length_and_of_two_the_shorter():
 
 
 def test_nist_by_hand():
-    # Of 4 tokens "a" is 2 and "b" 1: 1 and 2 bits; "b" after "a" is one of two: 1 bit.
+    # "a" is 2 of 4 tokens (1 bit), "b" is 1 of 4 (2 bits); "b" follows "a" in 1 of 2 cases (1 bit).
     assert score(Nist(max_n=2), ("a b", ["a b", "a c"])) == pytest.approx((1 + 2) / 2 + 1 / 1)
 
 
 def test_nist_penalty_is_a_half_at_two_thirds_of_the_mean_reference_length():
-    # References of 2 and 4 tokens, a prediction of 2: "a" is 2 of 6 tokens, "b" 2 of 6.
+    # The references have 2 and 4 tokens, the prediction has 2; "a" and "b" are 2 of 6 tokens each.
     assert score(Nist(max_n=1), ("a b", ["a b", "a b c d"])) == pytest.approx(math.log2(3) / 2)
 
 
@@ -159,7 +159,7 @@ def load(tmp_path, ref, pred, ref_name="ref.txt", pred_name="pred.txt", src=None
 @pytest.mark.parametrize("ref, pred, segments", [
     ("a\nb\n\nc\n\n", "p\nq\n", [("", ["a", "b"], "p"), ("", ["c"], "q")]),
     ("a\r\nb\r\n \r\nc", "\ufeffp\n\tq r\t\n", [("", ["a", "b"], "p"), ("", ["c"], "q r")]),
-    ("a\nb\n", "p\n\n", [("", ["a"], "p"), ("", ["b"], "")]),  # one reference an input
+    ("a\nb\n", "p\n\n", [("", ["a"], "p"), ("", ["b"], "")]),  # one reference per input
     ("a\nb\n\n", "p\nq\n", [("", ["a"], "p"), ("", ["b"], "q")]),
     ("a\nb\n\n", "p\n", [("", ["a", "b"], "p")]),  # one input
 ])
@@ -178,7 +178,7 @@ TABLE = [("mr 1", ["the café, £20", "b"], "p"), ("mr 2", ["c"], "")]
 ])
 @pytest.mark.parametrize("pred", ["src\tsys_out\nmr 1\tp\nmr 2\t\n", "mr 1\tp\nmr 2\t\n"])
 def test_tables(tmp_path, ref, pred):
-    # "mr 1" as a first source starts like a heading, which no second heading confirms.
+    # "mr 1" starts like a heading, but is a source where no second heading follows it.
     assert load(tmp_path, ref, pred, "ref.csv", "pred.TSV") == TABLE
     assert load(tmp_path, ref, pred, "ref.csv", "pred.out", src="mr 1\nmr 2\n") == TABLE
 
@@ -232,13 +232,13 @@ def put_java(tmp_path, monkeypatch, script: str) -> None:
 
 
 def test_meteor_neither_blocks_nor_stays(tmp_path, monkeypatch):
-    """A process that floods stderr and would not end by itself; bars are kept from it."""
+    """The fake java fills stderr and never ends by itself; meteor() removes "|||" from texts."""
     monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
     put_java(tmp_path, monkeypatch, METEOR_STAND_IN)
     result = coco.meteor([["a ||| b", "c"], ["d"]], ["e", "|||"], tmp_path)
     assert result == (0.5, [0.5, 0.5])
     assert (tmp_path / "pid.lines").read_text().splitlines() == [
-        "SCORE ||| a b ||| c ||| e", "SCORE ||| d |||"]  # the shell's read drops the last blank
+        "SCORE ||| a b ||| c ||| e", "SCORE ||| d |||"]  # the shell's read drops the last space
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 

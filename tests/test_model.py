@@ -1,4 +1,4 @@
-"""The model against transformers' GPT-2 with loralib's layers, in float64 and with its weights."""
+"""The model compared with transformers' GPT-2 and loralib's layers in float64, weights equal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def model_options(r):
 
 
 def batch(kind: str):
-    """Three samples padded to T; the mask is on completions (clm), on all tokens (jlm) or 0."""
+    """Three samples padded to T; ``kind`` determines which targets the mask selects."""
     random = np.random.default_rng(0)
     ids, mask = np.zeros((3, T), np.int32), np.zeros((3, T), np.float32)
     target = ids.copy()
-    # no sample reaches the last column; "one column" has a single token to learn, the first
+    # No sample reaches the last column. In "one column" the only target is in the first column.
     for row, (length, context) in enumerate([(8, 3), (5, 1), (2, 1)]):
         ids[row, :length] = random.integers(CARD["vocab_size"], size=length)
         target[row, :length - 1] = ids[row, 1:length]
@@ -93,7 +93,7 @@ def check_gradients(jittor, model, trained, torch_side, samples, smooth, options
 
 
 def test_nothing_to_learn(jittor, small_model):
-    """A batch whose contexts fill it teaches nothing, and breaks nothing."""
+    """A batch without targets (only contexts) has a loss of 0 and gradients of 0."""
     model = small_model()
     trained = [p for name, p in model.named_parameters() if "lora_" in name]
     loss = model.loss(*batch("masked out"), 0.1)
@@ -102,7 +102,7 @@ def test_nothing_to_learn(jittor, small_model):
 
 
 def test_padding_and_what_follows_change_nothing(small_model):
-    """Neither the ids of padding nor further columns of it have a part in the loss."""
+    """The loss depends neither on the token ids of the padding nor on its number of columns."""
     model = small_model()
     ids, target, mask = batch("clm")
     loss = float(model.loss(ids, target, mask).item())
@@ -122,7 +122,7 @@ def test_cards():
 
 
 def test_parameter_names_are_those_of_transformers(small_model, torch_side):
-    """torch_side refuses weights whose names or shapes are not exactly its own."""
+    """torch_side fails if the names of the weights differ from transformers'."""
     weights = weights_of(small_model())
     assert "transformer.h.1.attn.c_attn.lora_B" in weights
     torch_side("logits", {**weights, "input_ids": np.zeros((1, 1))}, **model_options(3))

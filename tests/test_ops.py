@@ -1,6 +1,6 @@
-"""Each operator against NumPy in float64 and against its plain twin, forward and backward.
+"""Each operator compared with NumPy in float64 and its ``plain_`` version, forward and backward.
 
-All of it twice: as it runs on this device, and with the text of its CUDA kernels run on the CPU.
+Each test runs twice: natively on this device, and with the text of the CUDA kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def ops(request, jittor):
         yield ops
         return
     if jittor.flags.use_cuda:
-        pytest.skip("there is a GPU to run them")
+        pytest.skip("the emulation is for machines without a GPU")
     code = jittor.code
 
     def emulated(*arguments, cuda_header=None, cuda_src=None, **on_cpu):
@@ -51,7 +51,7 @@ def numerical_gradient(f, x: np.ndarray) -> np.ndarray:
 
 
 def close(ours, truth, tolerance):
-    """Both of one shape, and the difference small beside the largest value (or 0.01)."""
+    """Asserts equal shapes and a small difference relative to the largest value (or 0.01)."""
     ours, truth = np.asarray(ours), np.asarray(truth)
     assert ours.shape == truth.shape
     assert np.isfinite(ours).all()
@@ -60,8 +60,8 @@ def close(ours, truth, tolerance):
 
 @pytest.fixture(scope="module")
 def agree(jittor):
-    """Checks (fused, plain, truth) at float arguments: the value, and the gradients of the value
-    times a random tensor. ``truth`` is a NumPy function, or None: the plain twin must do."""
+    """Compares ``fused`` with ``plain`` and with ``truth``, a NumPy function or None, at float
+    arguments: the value, and the gradients of the value times a random tensor."""
     def check(fused, plain, truth, *arguments, tolerance=2e-5):
         random = np.random.default_rng(0)
         variables = [jittor.array(a.astype(np.float32)) for a in arguments]
@@ -111,7 +111,7 @@ def test_cross_entropy_of_a_real_vocabulary(ops, jittor, agree):
 
 
 def test_cross_entropy_of_large_logits(ops, jittor):
-    """exp of such logits is beyond float32."""
+    """exp of these logits overflows float32."""
     logits = np.array([[1e4, -1e4, 0.0], [-2e3, -2e3, -2e3], [500.0, 499.0, -500.0]])
     target = np.array([1, 2, 1])
     x = jittor.array(logits.astype(np.float32))
@@ -141,10 +141,10 @@ def test_layer_norm(ops, agree, shape):
 def test_layer_norm_of_a_real_width_and_its_epsilon(ops, jittor, agree):
     random = np.random.default_rng(0)
     x, weight = random.normal(size=(50, 768)), random.normal(1.0, 0.5, 768)
-    x[0] = 3.0  # no variance at all
+    x[0] = 3.0  # a row whose variance is 0
     agree(lambda *a: ops.layer_norm(*a, 1e-5), lambda *a: ops.plain_layer_norm(*a, 1e-5), None,
           x, weight, random.normal(size=768))
-    small = x[1:4, :33] * 1e-3  # where the epsilon weighs
+    small = x[1:4, :33] * 1e-3  # the variance is so small that epsilon matters
     one, zero = np.ones(33), np.zeros(33)
     ours = ops.layer_norm(*(jittor.array(a.astype(np.float32)) for a in (small, one, zero)), 1e-3)
     close(ours.numpy(), layer_norm(small, one, zero, 1e-3), 1e-5)
@@ -210,7 +210,7 @@ def attention(qkv):
 
 
 def attention_of(lengths):
-    """:func:`attention` over sequences that stand one behind the other: qkv (N, 3, H, D)."""
+    """:func:`attention` within each sequence of a packed batch qkv (N, 3, H, D)."""
     ends = np.cumsum(lengths)
     return lambda qkv: np.concatenate([attention(qkv[None, end - length:end])[0]
                                        for length, end in zip(lengths, ends)])
@@ -231,7 +231,8 @@ def test_causal_attention_of_a_real_size(ops, agree):
 
 
 def test_causal_attention_of_growing_scores(ops, agree):
-    """On CUDA keys come by 64, as do a head's numbers: the largest score changes on the way."""
+    """The CUDA kernel reads 64 keys in each step, and rescales its sums when the largest score
+    changes. A head has more numbers than a block has threads (64)."""
     qkv = np.random.default_rng(0).normal(size=(150, 3, 1, 70))
     qkv[:, 1] *= np.arange(150)[:, None, None] / 30
     agree(lambda x: ops.causal_attention(x, [150]), lambda x: ops.plain_causal_attention(x, [150]),
@@ -257,7 +258,7 @@ def test_softmax_gives_no_weight_to_masked_scores(ops, jittor):
 @pytest.mark.parametrize("query_len, rows", [([4], [1, 1, 1]), ([1, 5, 3], [6, 6, 6]),
                                              ([2, 7], [3, 6, 1]), ([70, 130], [4, 3])])
 def test_beam_attention(ops, jittor, query_len, rows):
-    """Three steps in which rows die, double and change places; ``rows`` of each step."""
+    """Rows are dropped, duplicated and reordered; ``rows`` is their number in each step."""
     random = np.random.default_rng(sum(rows))
     heads, depth, steps, widest = 2, 5, len(rows), max(rows)
     prefix = random.normal(size=(sum(query_len), 3, heads, depth)).astype(np.float32)
@@ -282,8 +283,8 @@ def test_beam_attention(ops, jittor, query_len, rows):
             close(plain.numpy()[row], wanted, 2e-5)
 
 
-# 6 rows are a tile, 16 or 32 columns a panel, 256 or 128 terms a block (1,024 of a packed weight),
-# 96 or 128 rows a block
+# Sizes with and without a remainder in gemm.h: tiles have 6 or 12 rows, panels 16 or 32 columns,
+# weight blocks 256 or 128 rows (1,024 if packed), blocks of x 128 rows (96 for packed weights).
 @pytest.mark.parametrize("rows, n_in, n_out", [
     (1, 1, 1), (5, 3, 16), (7, 256, 33), (13, 300, 20), (130, 40, 70), (3, 1100, 50),
     (200, 1100, 330)])
@@ -307,7 +308,7 @@ def test_linear(ops, jittor, agree, rows, n_in, n_out, transposed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_linear_repeats_itself(ops, jittor, packed):
-    """Which thread computes what is left to chance; the numbers must not be."""
+    """Work is assigned to threads in no fixed order; the result must not depend on it."""
     random = np.random.default_rng(0)
     x, weight = (jittor.array(random.normal(size=shape).astype(np.float32))
                  for shape in ((150, 1100), (1100, 900)))
@@ -321,7 +322,7 @@ def test_linear_repeats_itself(ops, jittor, packed):
 def test_top_log_probs(ops, jittor, vocab, k):
     random = np.random.default_rng(vocab)
     logits = random.normal(scale=5, size=(4, vocab)).astype(np.float32)
-    logits[1] = np.round(logits[1])  # equal values: the first tokens are taken
+    logits[1] = np.round(logits[1])  # of equal values, the lowest token ids are taken
     forbidden = [(0, int(np.argmax(logits[0]))), (2, vocab - 1)] if vocab > 1 else []
     seen = [(3, int(token)) for token in {0, vocab // 2, int(np.argmax(logits[3]))}]
     exact = logits.astype(np.float64)
@@ -378,7 +379,7 @@ def test_dropout_depends_on_seed_and_position_alone(ops, jittor):
 
 
 def test_dropout_is_the_hash_it_says(ops, jittor):
-    """So that a run gives the same on every device and with every compiler."""
+    """With a fixed hash, masks are the same on every device and with every compiler."""
     h = np.arange(2000, dtype=np.uint32) * np.uint32(0x9E3779B9) ^ np.uint32(2 ** 31 - 1)
     h ^= h >> np.uint32(16)
     h *= np.uint32(0x7FEB352D)

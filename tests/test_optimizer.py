@@ -1,4 +1,4 @@
-"""AdamW, clipping and schedules against PyTorch."""
+"""AdamW, clipping and schedules compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_adamw_over_20_updates(optimizer, jittor, torch_side, options, no_decay_
     start = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     gradients = {name: random.normal(scale=0.1, size=(20, *shape)).astype(np.float32)
                  for name, shape in shapes.items()}
-    gradients["bias"][:, 0] = 0  # where sqrt(v) + epsilon is epsilon
+    gradients["bias"][:, 0] = 0  # v is 0 here, so sqrt(v) + epsilon is epsilon
     rates = np.linspace(1e-2, 1e-4, 20).tolist()
     truth = torch_side("adamw", {**start, **{f"grad_{n}": g for n, g in gradients.items()}},
                        rates=rates, no_decay_bias=no_decay_bias, **options)
@@ -61,7 +61,7 @@ def test_clipping_no_gradient_at_all(optimizer, jittor):
 
 
 CYCLE = {"i_steps": [0, 4, 10, 25], "i_lrs": [0.1, 0.8, 0.3, 0.05]}
-LATE_CYCLE = {"i_steps": [3, 6, 20], "i_lrs": [0.1, 0.8, 0.3]}  # nothing is said of steps 1, 2
+LATE_CYCLE = {"i_steps": [3, 6, 20], "i_lrs": [0.1, 0.8, 0.3]}  # no point before step 3
 
 
 @pytest.mark.parametrize("name, warmup_step, points", [
@@ -86,7 +86,7 @@ def test_schedule_of_transformers(optimizer, torch_side, name, warmup_step):
 
 
 def test_schedules_by_hand(optimizer):
-    """The corners, so that both sides cannot err alike."""
+    """Values computed by hand, in case both implementations have the same error."""
     def rates(name, *steps, warmup=4, points=([0], [0.0])):
         rule = optimizer.make_schedule(name, 2.0, warmup, 12, *points)
         return [pytest.approx(rule(step)) for step in steps]

@@ -1,4 +1,4 @@
-"""Several processes against one; they run with mpirun where that and mpicc are installed."""
+"""Runs of several processes, which need mpirun and mpicc, compared with runs of one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_samples_are_divided_as_pytorch_does(torch_side, tmp_path, count, batch_
             data.batch = lambda items, taken=taken: taken.append(items.tolist())
             list(data.batches(7, 3, rank, world_size, drop_last))
             assert taken == [truth[str(i)].tolist() for i in range(len(truth))]
-            # and after a skip the rest is the same, drawn samples included
+            # without the first ``skip`` batches, the others are the same
             for skip in range(len(taken) + 1):
                 whole, rest = FTDataset(path, batch_size, 4), FTDataset(path, batch_size, 4)
                 expected = list(whole.batches(7, 3, rank, world_size, drop_last))[skip:]
@@ -63,7 +63,7 @@ def test_samples_are_divided_as_pytorch_does(torch_side, tmp_path, count, batch_
 
 
 def start(root, script, *flags, processes=2):
-    """Starts a script in so many processes."""
+    """Starts a script in this number of processes."""
     command = [sys.executable, root / script, *map(str, flags)]
     environment = dict(os.environ)
     if processes > 1:
@@ -76,7 +76,7 @@ def start(root, script, *flags, processes=2):
 
 
 def finish(process, code=0):
-    """What it says on stdout and stderr; a hang fails."""
+    """Waits for the process, asserts its exit code and returns its stdout and stderr."""
     said = process.communicate(timeout=400)
     assert process.returncode == code, said
     return said
@@ -97,7 +97,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(root, data, tmp_path_factory):
-    """(work dir, stdout) of one process, and of two with half of its batch each."""
+    """(work dir, stdout) of a run of 1 process, and of 2 with half the batch size each."""
     results = {}
     for processes, batch_size in ((1, 4), (2, 2)):
         folder = tmp_path_factory.mktemp(f"np{processes}")
@@ -148,7 +148,7 @@ def test_two_processes_resume(root, data, trained, tmp_path):
     for line in process.stdout:
         if re.match(r"\| epoch +1 step +3 ", line):
             break
-    process.send_signal(signal.SIGKILL)  # mpirun's end is that of all
+    process.send_signal(signal.SIGKILL)  # all processes end when mpirun ends
     process.communicate(timeout=100)
     deadline = time.monotonic() + 20
     while subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.DEVNULL
@@ -179,7 +179,7 @@ def test_predictions_of_two_processes(root, data, trained, tmp_path):
     alone = predict([*lines, lines[0]], processes=1)
     assert [json.loads(line)["id"] for line in alone] == list(range(9))
     assert predict([*lines, lines[0]], processes=2) == alone
-    assert predict(lines[:1], processes=2) == alone[:1]  # nothing for the second to do
+    assert predict(lines[:1], processes=2) == alone[:1]  # the second process has no sample
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_an_error_in_one_process_alone_is_told(root):
 
 
 def test_one_process_has_nothing_to_do_with_mpi(root, tmp_path):
-    """An mpicc on the PATH is not even asked, and no MPI library is loaded."""
+    """An mpicc on the PATH is not called, and no MPI library is loaded."""
     stub = tmp_path / "mpicc"
     stub.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nexit 1\n")
     stub.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Runs that broke off: killed, stopped, out of space; and what is left to go on from."""
+"""Interrupted runs (killed, stopped, out of disk space), their state files and their resumption."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """FLAGS with data of 7 and 3 samples, so that sets are filled up to whole batches."""
+    """FLAGS with data of 7 and 3 samples, which are filled up to whole batches of 2."""
     folder, draw = tmp_path_factory.mktemp("data"), random.Random(1)
     for name, count in (("train", 7), ("valid", 3)):
         with open(folder / f"{name}.jsonl", "w") as file:
@@ -45,7 +45,7 @@ def flags(tmp_path_factory):
 
 
 def left(folder) -> dict:
-    """All that a run leaves, but for times."""
+    """A run's results: metrics and log without times, checkpoints, and names of the other files."""
     with open(folder / "metrics.csv", newline="") as file:
         rows = [[row[name] for name in COLUMNS] for row in csv.DictReader(file)]
     log = re.sub(r"(ms/batch|time:) +[0-9.]+", r"\1", (folder / "train.log").read_text())
@@ -56,12 +56,12 @@ def left(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def train(flags, tiny):
-    """Trains in this process; raises SIGINT in the middle of step ``stop``."""
+    """Trains in this process; raises signal ``number`` in the middle of step ``stop``."""
     import gpt2_ft
     import trainer
 
     def run(work_dir, *more, stop=None, number=signal.SIGINT):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
         with pytest.MonkeyPatch.context() as patch:
             def seed_dropout(model, seed, step, original=trainer.lora.seed_dropout):
@@ -77,7 +77,7 @@ def train(flags, tiny):
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
-    """What the run leaves that nothing interrupts."""
+    """The result of a run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     assert train(folder) == (0, "")
     return left(folder)
@@ -138,7 +138,10 @@ def test_the_newest_whole_state(train, whole, tmp_path, damage):
 
 
 def test_a_state_holds_the_generators_that_fill_up_batches(train, flags, tmp_path):
-    """At step 5 of 4 a epoch, after the validation of step 3; 10 is the default seed."""
+    """The run stops at step 5: an epoch has 4 steps, and a validation followed step 3.
+
+    10 is the default seed.
+    """
     assert train(tmp_path, stop=5)[0] == 130
     about = json.loads(torch_file.load(tmp_path / "resume.5.pt")["about"])
     data, valid = (FTDataset(path, 2, 12) for path in flags[1:4:2])
@@ -152,7 +155,7 @@ def test_a_state_holds_the_generators_that_fill_up_batches(train, flags, tmp_pat
 
 @pytest.fixture(scope="module")
 def stopped(train, tmp_path_factory):
-    """The state after step 4, alone in its folder."""
+    """A work dir whose only state is that after step 4."""
     folder = tmp_path_factory.mktemp("stopped")
     assert train(folder, stop=4)[0] == 130
     (folder / "resume.3.pt").unlink()
@@ -190,7 +193,7 @@ def test_other_settings_are_refused(train, whole, flags, tmp_path):
         assert str(tmp_path / "resume.4.pt") in said and "--resume" in said
     other.unlink()
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    # what does not change the run may differ; auto begins anew where the rest differs
+    # flags without effect on the result may differ; if others differ, auto starts a new run
     assert train(tmp_path, "--lr", 0.03, "--resume", "auto", stop=3)[0] == 130
     assert not (tmp_path / "resume.4.pt").exists()
     assert train(tmp_path, stop=4)[0] == 130
@@ -255,7 +258,7 @@ def test_loss_no_longer_finite(train, tmp_path):
     assert code == 1 and "--lr" in said and len(said.splitlines()) == 1
     at, step = re.search(r"(at|after) step (\d+)", said).groups()
     states = [int(path.name.split(".")[1]) for path in tmp_path.glob("resume.*")]
-    for good in states:  # the loss after it was finite
+    for good in states:  # the loss of its weights was finite
         assert good < int(step) - (at == "at")
         state = torch_file.load(tmp_path / f"resume.{good}.pt")
         assert all(np.isfinite(array).all() for array in state["model_state_dict"].values())
@@ -264,7 +267,7 @@ def test_loss_no_longer_finite(train, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_files(train, whole, tmp_path):
-    """Writing fails from some moment on, as on a full disk; afterwards the run is resumed."""
+    """A limit on the file size makes writing fail, as on a full disk; then the run is resumed."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -283,20 +286,20 @@ def test_a_full_disk_leaves_the_old_files(train, whole, tmp_path):
 
 
 def test_parts_of_dead_processes_go(tmp_path):
-    from runtime.formats import write_lines
+    from runtime.formats import write_jsonl
 
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True).stdout.strip()
     keep = tmp_path / f".out.txt.{os.getppid()}.part"
     for path in (tmp_path / f".model.9.pt.{dead}.part", keep, tmp_path / ".mine.part"):
         path.write_text("half")
-    write_lines(tmp_path / "out.txt", ["a"])
+    write_jsonl(tmp_path / "out.txt", [{"a": 1}])
     assert {path.name for path in tmp_path.iterdir()} == {"out.txt", keep.name, ".mine.part"}
 
 
 @pytest.fixture
 def script(root, flags, tmp_path):
-    """Starts src/gpt2_ft.py as a process of its own, with the real gpt2.nano."""
+    """Starts src/gpt2_ft.py in its own process, with the real gpt2.nano."""
     def start(*more, **options):
         return subprocess.Popen(
             [sys.executable, root / "src/gpt2_ft.py", *map(str, flags), "--device", "cpu",
@@ -307,7 +310,7 @@ def script(root, flags, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_on_a_terminal(script, tmp_path):
-    """The terminal sends it to the whole process group, so to Jittor's processes as well."""
+    """A terminal sends Ctrl-C to the whole process group, including Jittor's processes."""
     process = script("--max_epoch", 1000, start_new_session=True,
                      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
@@ -327,7 +330,7 @@ def test_ctrl_c_on_a_terminal(script, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(script, tmp_path):
-    """SIGKILL, again and again, and in the end the files of the run that was left alone."""
+    """A run that is killed and resumed many times writes the same files as an uninterrupted run."""
     out = tmp_path / "out"
 
     def until_training(process):
@@ -373,7 +376,7 @@ def test_a_work_dir_of_two_megabytes(script, tmp_path):
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        process = script()  # its LoRA states fit, the last checkpoint has 26 MB
+        process = script()  # its LoRA states fit, but its last checkpoint has 26 MB
         _, said = process.communicate()
         assert process.returncode == 1
         assert re.fullmatch(rf"error: {out}/model.12.pt: cannot be written: No space.*\n", said)

@@ -1,4 +1,4 @@
-"""How scripts end."""
+"""How scripts end: exit codes, messages and signals."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_stop_request():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with StopRequest(said.append) as stop:
-        signal.raise_signal(signal.SIGHUP)  # as under nohup
+        signal.raise_signal(signal.SIGHUP)  # ignored, as under nohup
         assert not stop.requested and not said
         signal.raise_signal(signal.SIGINT)
         assert stop.requested and len(said) == 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    with pytest.raises(Interrupted):  # Ctrl-C killed the compiler
+    with pytest.raises(Interrupted):  # as if Ctrl-C had killed Jittor's compiler processes
         with StopRequest(said.append):
             signal.raise_signal(signal.SIGINT)
             raise RuntimeError

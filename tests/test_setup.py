@@ -1,4 +1,4 @@
-"""setup.sh on machines that lack something, played by stubs; and the scripts that begin with it."""
+"""setup.sh on machines with missing programs, simulated by stubs, and scripts that source it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-# What setup.sh may count on besides bash; the machine of a test has these and its stubs only.
+# The tools that setup.sh may use; the PATH in a test has only these and stubs.
 TOOLS = ("bash", "cat", "cp", "dirname", "env", "id", "mkdir", "mktemp", "rm", "sed", "sha256sum",
          "tail")
 
-# Runs Python for everything but pip and venv: these are noted, and venv copies this stub.
+# Runs Python, except for pip and venv: these calls are only logged, and venv copies this stub.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
     "-m pip install"*) echo "pip $*" >> "$CALLS"; [[ -z "${PIP_FAILS:-}" ]] || exit 1 ;;
@@ -32,7 +32,7 @@ esac
 
 
 class Machine:
-    """A copy of setup.sh on a PATH of stubs, where programs can be missing."""
+    """A copy of setup.sh with a PATH of stubs, from which programs can be removed."""
 
     def __init__(self, root, folder):
         self.folder, self.bin, self.repository = folder, folder / "bin", folder / "repository"
@@ -58,7 +58,7 @@ class Machine:
         (self.bin / name).unlink()
 
     def environment(self, name):
-        """An environment, as venv or conda would have made it."""
+        """Makes an environment with the layout that venv and conda use."""
         folder = self.folder / name
         (folder / "bin").mkdir(parents=True)
         (folder / "bin" / "python").write_text(PYTHON)

@@ -1,4 +1,4 @@
-"""Our reader and writer of PyTorch's files against torch.save and torch.load."""
+"""Our reader and writer of PyTorch's files compared with torch.save and torch.load."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runtime.errors import InputError
 
 
 class Hostile:
-    """Unpickled the usual way, this leaves a file at ``path``."""
+    """Creates a file at ``path`` when Python's pickle module loads it."""
 
     def __init__(self, path):
         self.path = path
@@ -66,7 +66,7 @@ def test_torch_opens_what_we_save(torch_side, tmp_path):
         for read in (truth[f"model_state_dict/{name}"], ours["model_state_dict"][name]):
             assert read.dtype == np.float32 and read.shape == array.shape, name
             assert np.array_equal(read, array), name
-    with zipfile.ZipFile(path) as archive:  # what is tied is stored once
+    with zipfile.ZipFile(path) as archive:  # tied arrays are stored once
         assert sum("data/" in name for name in archive.namelist()) == 6
 
 
@@ -107,7 +107,7 @@ def test_a_file_runs_no_code(tmp_path, wrap, protocol):
     with pytest.raises(torch_file.TorchFileError, match=r"refused: it asks for posix\.system"):
         torch_file.load(path)
     assert not trap.exists()
-    pickle.loads(payload)  # the trap does work
+    pickle.loads(payload)  # Python's pickle module does run the code
     assert trap.exists()
 
 
@@ -117,7 +117,7 @@ def test_a_file_runs_no_code(tmp_path, wrap, protocol):
 def test_other_globals_are_refused_too(tmp_path, name):
     module, _, attribute = name.rpartition(".")
     if name.startswith("torch.FloatStorage"):
-        module, attribute = "torch", "FloatStorage.__class__"  # a dotted name, as protocol 4 has
+        module, attribute = "torch", "FloatStorage.__class__"  # protocol 4 allows dotted names
     path = tmp_path / "file.pt"
     text = b"".join(b"\x8c" + bytes([len(s)]) + s.encode() for s in (module, attribute))
     path.write_bytes(hostile_zip(b"\x80\x04" + text + b"\x93."))
@@ -166,7 +166,7 @@ def test_a_tensor_stays_within_its_data(tmp_path, change, message):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_damaged_files_are_refused(torch_side, tmp_path, zipped):
-    """Cut anywhere, or with bytes changed anywhere, a file loads or is refused, never worse."""
+    """A truncated file is refused; a file with changed bytes loads or is refused, at any place."""
     path = tmp_path / "file.pt"
     torch_side("save", {"weight": np.arange(12, dtype=np.float32).reshape(3, 4)}, path=str(path),
                zipped=zipped, wrapped=True)
@@ -190,7 +190,7 @@ def test_damaged_files_are_refused(torch_side, tmp_path, zipped):
 
 
 def refused(tmp_path, content: bytes, match: str | None = None) -> str:
-    """What the loader says to a file it must not open."""
+    """Asserts that the loader refuses a file of this content; returns its message."""
     path = tmp_path / "refused.pt"
     path.write_bytes(content)
     with pytest.raises(torch_file.TorchFileError, match=match) as error:
@@ -212,12 +212,12 @@ def test_cut_at_every_kilobyte(torch_side, tmp_path, zipped):
 
 
 def tuples(depth: int) -> bytes:
-    """A tuple in a tuple in a tuple ..."""
+    """A pickle of ``depth`` nested tuples."""
     return b"\x80\x02)" + b"\x85" * depth + b"."
 
 
 def doubled(depth: int, end: bytes) -> bytes:
-    """A pair of one pair twice of one pair twice ...: small here, 2 ** depth items to walk."""
+    """``depth`` nested pairs of one object twice: a small pickle with 2 ** depth items to visit."""
     return b"\x80\x02)" + b"q\x00h\x00\x86" * depth + end + b"."
 
 
@@ -282,7 +282,7 @@ def test_hostile_pickles(tmp_path, name, wrap):
 
 
 def test_hostile_files_need_little_memory(tmp_path):
-    """All of them again, in a process that may take no more than 1 GB."""
+    """Loads all hostile files in a process that is limited to 1 GB of memory."""
     for number, content in enumerate(HOSTILE.values()):
         for wrap in (hostile_zip, hostile_legacy):
             (tmp_path / f"{wrap.__name__}{number}.pt").write_bytes(wrap(content))
@@ -325,7 +325,7 @@ def test_zip_bombs(tmp_path):
 
 
 def test_many_views_of_the_same_bytes(tmp_path):
-    """Small in the file, but a reader who copies each of its tensors would need 40 GB."""
+    """The file is small, but copies of all its tensors would need 40 GB."""
     one = tensor_pickle(count=1 << 20, shape=(1 << 20,), stride=(1,))
     tensor = one[one.index(b"ctorch._u"):-2]
     file = io.BytesIO()

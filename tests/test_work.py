@@ -1,4 +1,4 @@
-"""work.sh from end to end: the demo in a miniature, and the experiment on a few samples."""
+"""work.sh from end to end: the demo with few steps, and the experiment on a few samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(shutil.which("java") is None, reason="scores nee
 
 @pytest.fixture
 def copy(root, vocab, tmp_path):
-    """A copy of the repository's scripts, so that nothing of the user's is written over."""
+    """A copy of the repository's scripts, so that tests do not overwrite the user's files."""
     ignore = shutil.ignore_patterns("__pycache__", "work", "e2e")
     for folder in ("src", "vocab"):
         shutil.copytree(root / folder, tmp_path / "copy" / folder, ignore=ignore)
@@ -59,12 +59,12 @@ def test_demo_of_two_processes(copy):
     folder = copy / "trained_models" / "demo"
     assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 20
     assert len((folder / "lora.txt").read_text().splitlines()) == 48
-    assert done.stdout.count("gpt2.nano: ") == 2  # base and LoRA, each said once
+    assert done.stdout.count("gpt2.nano: ") == 2  # printed once for the base and once for LoRA
 
 
 @pytest.mark.slow
 def test_experiment(copy):
-    """The seed document's four stages and file names, the last checkpoint's step found."""
+    """work.sh runs all four stages, finds the last checkpoint and writes the documented files."""
     subprocess.run([sys.executable, "data/demo/generate.py", "data/e2e"], cwd=copy, check=True,
                    stdout=subprocess.DEVNULL)
     folder = copy / "data" / "e2e"

@@ -1,9 +1,9 @@
-"""PyTorch's side of the tests, in a process of its own because it can clash with Jittor.
+"""The PyTorch part of the tests, in its own process because PyTorch can conflict with Jittor.
 
-Reads requests from stdin, a JSON object a line: ``{"operation": NAME, "options": {...}, "folder":
-DIR}``. Calls the function NAME below with the arrays of DIR/in.npz and the options, writes the
-arrays it returns to DIR/out.npz and answers ``done``. The models, data and schedules are those of
-align/, which are made of transformers, loralib and PyTorch's own parts.
+Reads requests from stdin, one JSON object per line: ``{"operation": NAME, "options": {...},
+"folder": DIR}``. Calls the function NAME below with the arrays of DIR/in.npz and the options,
+writes the arrays it returns to DIR/out.npz and prints ``done``. The models, data and schedules are
+those of align/, which uses transformers, loralib and PyTorch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def permutations(arrays, sizes, seeds):
 
 
 def batches(arrays, path, batch_size, seq_len, joint_lm, seed, epochs, drop_last):
-    """The batches of the given epochs one after the other: "EPOCH NUMBER input" ..."""
+    """The batches of the given epochs as arrays "I NUMBER input" etc., of epoch ``epochs[I]``."""
     dataset = torch_data.FTDataset(torch_data.read_samples(path), batch_size, seq_len, joint_lm)
     loader = torch_data.make_loader(dataset, seed, drop_last)
     results = {}
@@ -43,7 +43,7 @@ def batches(arrays, path, batch_size, seq_len, joint_lm, seed, epochs, drop_last
 
 
 def distributed(arrays, length, batch_size, seed, epoch, rank, world_size, drop_last):
-    """The positions in each batch of an epoch of one of several processes."""
+    """The positions of the samples in each batch of an epoch in process ``rank``."""
     sampler = torch.utils.data.DistributedSampler(range(length), world_size, rank, shuffle=True,
                                                   seed=seed)
     sampler.set_epoch(epoch)
@@ -82,7 +82,7 @@ def loss_and_gradients(arrays, label_smooth, **model):
 
 
 def lora_state(arrays, **model):
-    """What loralib calls LoRA's state, of the model as it starts out."""
+    """loralib's LoRA state dict of a new model."""
     torch.manual_seed(0)
     model = torch_model.build(model["card"], lora_dim=model["r"], lora_alpha=model["alpha"])
     return {name: value.numpy() for name, value in loralib.lora_state_dict(model).items()}
@@ -105,7 +105,7 @@ def merged_linear(arrays, enable_lora, r, alpha):
 
 
 def adamw(arrays, rates, no_decay_bias, **options):
-    """``weight``, ``bias`` after an update with each of ``grad_weight``, ``grad_bias``."""
+    """``weight`` and ``bias`` after each update i with ``grad_weight[i]`` and ``grad_bias[i]``."""
     module = torch.nn.Module()
     for name in ("weight", "bias"):
         setattr(module, name, torch.nn.Parameter(torch.from_numpy(arrays[name]).double()))
@@ -159,7 +159,7 @@ def transformers_schedule(arrays, name, lr, warmup_step, max_step, steps):
 
 
 def beam_search(arrays, model, queries, options):
-    """``0``, ``1``, ...: for each of the options the continuation of each query, -1 behind it."""
+    """Result ``i`` has the continuation of each query with the i-th options, padded with -1."""
     model, results = _model(arrays, **model), {}
     for number, settings in enumerate(options):
         found = [torch_beam.search(model, query, **settings) for query in queries]
@@ -192,7 +192,7 @@ def save_odd_tensors(arrays, path, zipped):
 
 
 def save(arrays, path, dtype="float32", zipped=True, wrapped=False):
-    """torch.save of the arrays as a state dict, contiguous or, what is 2-D, transposed."""
+    """torch.save of the arrays as a state dict; matrices are in column-major order."""
     state = {name: torch.from_numpy(np.asfortranarray(a)).to(getattr(torch, dtype))
              for name, a in arrays.items()}
     torch.save({"model_state_dict": state, "step": 7} if wrapped else state, path,
@@ -201,7 +201,7 @@ def save(arrays, path, dtype="float32", zipped=True, wrapped=False):
 
 
 def load(arrays, path):
-    """What torch.load sees in a file, the strict way; names of nested dicts joined by "/"."""
+    """What torch.load reads from a file with weights_only; "/" joins the names of nested dicts."""
     def flat(value, name):
         if isinstance(value, dict):
             return {k: v for key, item in value.items()

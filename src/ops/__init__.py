@@ -4,12 +4,11 @@ On the CPU, Jittor runs element-wise loops, reductions and batched matrix produc
 in several passes over memory. Each operator here is one parallel pass in C++. Its ``plain_`` twin,
 made of Jittor's own operators, is its reference in the tests and what runs on CUDA.
 
-All operators but linear and pack_weight have CUDA kernels as well; the environment variable
-``OPS_CUDA=kernels`` makes them run in place of the plain twins (``OPS_CUDA=plain`` is the default).
-The kernels have not run on a GPU yet: nvcc compiles them, and the tests run their text on the CPU,
-where a GPU's threads are emulated. On a machine with a GPU, tests/test_cuda.py runs them there.
-dropout has no plain twin and runs its kernel on CUDA, because its mask must be the same on every
-device. All tensors are float32, except indices (int32).
+All operators but linear and pack_weight have CUDA kernels as well, which run in place of the plain
+twins if the environment variable OPS_CUDA is ``kernels`` (default: ``plain``). No GPU has run them
+yet: nvcc compiles them, and the tests run their text on the CPU under an emulation. dropout has no
+plain twin, because its mask must be the same on every device. All tensors are float32, except
+indices (int32).
 """
 
 from ops.adamw_update import adamw_update, plain_adamw_update
@@ -22,9 +21,3 @@ from ops.layer_norm import layer_norm, plain_layer_norm
 from ops.linear import linear, pack_weight, plain_linear
 from ops.lora_up import lora_up, plain_lora_up
 from ops.top_log_probs import plain_top_log_probs, top_log_probs
-
-__all__ = ["MASKED", "adamw_update", "beam_attention", "bias_gelu", "causal_attention",
-           "cross_entropy", "dropout", "layer_norm", "linear", "lora_up", "pack_weight",
-           "plain_adamw_update", "plain_beam_attention", "plain_bias_gelu",
-           "plain_causal_attention", "plain_cross_entropy", "plain_layer_norm", "plain_linear",
-           "plain_lora_up", "plain_softmax", "plain_top_log_probs", "top_log_probs"]

@@ -1,5 +1,5 @@
 // One update of AdamW. All arrays hold count numbers. rest1 and rest2 are 1 - beta1 and 1 - beta2,
-// which in single precision would lose digits.
+// which in single precision would lose digits. On a GPU, one thread updates one weight.
 
 #include "device.h"
 

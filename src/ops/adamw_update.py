@@ -1,7 +1,5 @@
 """One update of AdamW (Loshchilov & Hutter, 2019) in a single pass over memory."""
 
-from __future__ import annotations
-
 import jittor as jt
 
 from ops.native import run, wants_plain

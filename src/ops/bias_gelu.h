@@ -1,4 +1,5 @@
 // GELU of x + bias, and its gradient. y, x, dx, dy: (rows, columns); bias: (columns).
+// On a GPU, one block computes one row.
 
 #include "device.h"
 

@@ -3,8 +3,6 @@
 The tanh approximation that GPT-2 was trained with.
 """
 
-from __future__ import annotations
-
 import math
 
 import jittor as jt

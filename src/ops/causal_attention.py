@@ -1,7 +1,5 @@
 """Causal self-attention over whole sequences (Vaswani et al., 2017)."""
 
-from __future__ import annotations
-
 import math
 from typing import Sequence
 

@@ -1,5 +1,6 @@
 // Cross entropy with label smoothing, and its gradient. logits, dlogits: (rows, vocab); target,
-// loss, dloss, log_sum: (rows), the last being the log of the sum of exp(logits).
+// loss, dloss, log_sum: (rows), the last being the log of the sum of exp(logits). On a GPU, one
+// block computes one row.
 
 #include "device.h"
 

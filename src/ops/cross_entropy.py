@@ -1,7 +1,5 @@
 """Cross entropy with label smoothing (Szegedy et al., 2016)."""
 
-from __future__ import annotations
-
 import jittor as jt
 
 from ops.native import run, wants_plain

@@ -1,4 +1,4 @@
-// Dropout. y, x: (count).
+// Dropout. y, x: (count). On a GPU, one thread computes one number.
 
 #include "device.h"
 

@@ -1,7 +1,5 @@
 """Dropout (Srivastava et al., 2014) with the same mask on every device."""
 
-from __future__ import annotations
-
 import jittor as jt
 
 from ops.native import run

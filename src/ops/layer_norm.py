@@ -1,7 +1,5 @@
 """Layer normalisation (Ba et al., 2016)."""
 
-from __future__ import annotations
-
 import jittor as jt
 
 from ops.native import run, wants_plain

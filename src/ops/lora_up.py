@@ -1,7 +1,5 @@
 """LoRA's second product (Hu et al., 2021), from rank r to the width of the enabled projections."""
 
-from __future__ import annotations
-
 import jittor as jt
 import numpy as np
 

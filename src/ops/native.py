@@ -1,8 +1,9 @@
 """Calls our own C++ functions and CUDA kernels on jt.Vars, with arguments bound by name.
 
-An operator NAME keeps its C++ functions in NAME.h and its CUDA kernels (``__global__``) in NAME.cuh
-beside its NAME.py. Both have the same names and arguments: the outputs, the inputs, the numbers,
-e.g. ``bias_gelu(float* y, const float* x, const float* bias, int rows, int columns)``.
+An operator NAME keeps its C++ functions in NAME.h beside its NAME.py. CUDA compiles the same file
+(see device.h) or, if there is one, NAME.cuh, whose kernels have the same names and arguments: the
+outputs, the inputs, the numbers, e.g. ``bias_gelu(float* y, const float* x, const float* bias, int
+rows, int columns)``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from runtime.errors import InputError
 
 FOLDER = Path(__file__).parent
 
-# On CUDA: "plain" runs Jittor's own operators, "kernels" runs our .cuh files.
+# On CUDA: "plain" runs Jittor's own operators, "kernels" runs our kernels.
 OPS_CUDA = os.environ.get("OPS_CUDA", "plain")
 if OPS_CUDA not in ("plain", "kernels"):
     raise InputError(f"OPS_CUDA={OPS_CUDA}: neither plain nor kernels; unset it")
@@ -38,7 +39,7 @@ def wants_plain() -> bool:
 def run(operator: str, function: str, outputs: Mapping[str, Sequence[int]],
         inputs: Mapping[str, jt.Var | None], launch: str | None = None,
         dtypes: Sequence[str] | None = None, **numbers: int | float) -> list[jt.Var]:
-    """Runs ``function`` of OPERATOR.h or OPERATOR.cuh and returns the outputs, which it must fill.
+    """Runs ``function`` of ``operator`` and returns the outputs, which the function must fill.
 
     Its arguments are, in this order, the outputs and inputs (pointers to their numbers; nullptr for
     an input that is None), the dimensions, and the ``numbers`` (an int is an int64_t, a float a
@@ -85,8 +86,13 @@ def _texts(operator: str, function: str, launch: str | None, outputs: Mapping[st
     texts = {"cpu_src": f"{names}\n{function}({call});\n", "cpu_header": text_of(f"{operator}.h")}
     if launch:
         texts.update(cuda_src=f"{names}\n{function}<<<{launch}>>>({call});{_CHECK_LAUNCH}",
-                     cuda_header=text_of(f"{operator}.cuh"))
+                     cuda_header=text_of(cuda_file(operator)))
     return texts
+
+
+def cuda_file(operator: str) -> str:
+    """The name of the file that CUDA compiles for an operator."""
+    return f"{operator}.cuh" if (FOLDER / f"{operator}.cuh").is_file() else f"{operator}.h"
 
 
 @lru_cache(maxsize=None)

@@ -1,7 +1,5 @@
 """The likeliest next tokens of each beam, as candidates of beam search."""
 
-from __future__ import annotations
-
 from typing import Sequence
 
 import jittor as jt

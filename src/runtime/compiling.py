@@ -7,8 +7,6 @@ anything meanwhile, and reports on stderr: ``Compiling Operators(3/40) used: 2.1
 file as a script: it shows these reports as progress and passes on everything else.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -4,8 +4,6 @@ A transfer is kept in ``NAME.part`` beside its place until it is complete and it
 Only Python's own HTTP client is used; it honours ``http_proxy``, ``https_proxy`` and ``no_proxy``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os

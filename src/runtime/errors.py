@@ -1,7 +1,5 @@
 """The exceptions that end a script with one line instead of a traceback; see script.run."""
 
-from __future__ import annotations
-
 
 class InputError(Exception):
     """A mistake in what the user gave us.
@@ -11,5 +9,5 @@ class InputError(Exception):
     """
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """The user stopped a script after it saved its state; the message says how to continue."""

@@ -7,19 +7,24 @@ import configparser
 import math
 import os
 import sys
-from typing import Callable, TypeVar
+from decimal import Decimal
+from typing import Any, Callable, TypeVar
 
 from runtime.errors import InputError
 from runtime.formats import read_lines
 
-Number = TypeVar("Number", int, float)
+Number = TypeVar("Number", int, float, Decimal)
 
 
 def _checked(kind: Callable[[str], Number], accepts: Callable[[Number], bool],
              wanted: str) -> Callable[[str], Number]:
     def parse(text: str) -> Number:
-        value = kind(text)
-        if not accepts(value):
+        try:
+            value = kind(text)
+            accepted = accepts(value)
+        except ArithmeticError:  # Decimal raises it where others raise ValueError
+            raise ValueError from None
+        if not accepted:
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
@@ -27,7 +32,7 @@ def _checked(kind: Callable[[str], Number], accepts: Callable[[Number], bool],
     return parse
 
 
-def at_least(least: float, kind: Callable[[str], Number] = int) -> Callable[[str], Number]:
+def at_least(least: float, kind: Callable = int) -> Callable[[str], Any]:
     """An argparse type: a finite number of ``kind`` from ``least`` on."""
     return _checked(kind, lambda value: least <= value < math.inf,
                     f"a finite number from {least} on")
@@ -40,6 +45,8 @@ def between(least: float, most: float) -> Callable[[str], float]:
 
 seed = _checked(int, lambda value: 0 <= value < 2**31, "in [0, 2**31)")
 share = _checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
+# Decimal, so that 0.01 is a hundredth exactly
+fraction = _checked(Decimal, lambda value: 0 < value <= 1, "above 0 and up to 1")
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -68,22 +75,23 @@ def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser that replaces the word ``@FILE`` by the flags in FILE's section for this script.
+    """A parser whose ``--help`` shows the first line of a script's docstring and the defaults.
 
-    Flags after ``@FILE`` override those in it. ``--help`` shows the defaults.
+    If it has a ``section``, it replaces the word ``@FILE`` by the flags in that section of FILE;
+    flags after ``@FILE`` override those in it.
     """
 
-    def __init__(self, section: str, description: str):
-        super().__init__(description=description,
+    def __init__(self, doc: str, section: str | None = None):
+        super().__init__(description=doc.splitlines()[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         epilog=f"@FILE stands for the flags in section [{section}] of a file, "
-                                "e.g. @data/e2e.ini")
+                         epilog=section and f"@FILE stands for the flags in section [{section}] of "
+                                            "a file, e.g. @data/e2e.ini")
         self.section = section
 
     def parse_args(self, args=None, namespace=None):
         words: list[str] = []
         for word in sys.argv[1:] if args is None else args:
-            if not word.startswith("@"):
+            if not self.section or not word.startswith("@"):
                 words.append(word)
                 continue
             for name, value in read_flags(word[1:], self.section).items():

@@ -55,8 +55,7 @@ def read_jsonl(path: str | os.PathLike, keys: dict[str, type],
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            raise InputError(f"{where}: not a JSON object; every line must be one, with "
-                             f"{_names(keys)}; {remedy}") from None
+            record = None
         if not isinstance(record, dict):
             raise InputError(f"{where}: not a JSON object; every line must be one, with "
                              f"{_names(keys)}; {remedy}")
@@ -91,16 +90,10 @@ def _is(value: object, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
-    """Writes lines of text, each ended by a line feed, to ``path``; see :func:`replacing`."""
-    with replacing(path) as file:
-        for line in lines:
-            file.write(f"{line}\n".encode("utf-8"))
-
-
 def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
     """Writes records as JSON lines in ASCII, as the original does; see :func:`replacing`."""
-    write_lines(path, (json.dumps(record) for record in records))
+    with replacing(path) as file:
+        file.writelines(f"{json.dumps(record)}\n".encode("ascii") for record in records)
 
 
 @contextmanager

@@ -66,11 +66,6 @@ def total_number(number: float) -> float:
     return float(total_array(np.array([number], np.float32))[0])
 
 
-def any_of(flag: bool) -> bool:
-    """Whether ``flag`` is true in any process."""
-    return bool(total_number(flag))
-
-
 def gather(numbers: list[int]) -> list[list[int]]:
     """The lists of all processes, each of the same length, of integers in [0, 2**32)."""
     if world_size() == 1:

@@ -32,10 +32,8 @@ def run(main: Callable[[], None]) -> None:
         _end(1, f"error: {error}")
     except MemoryError:
         _end(1, "error: out of memory; take smaller batches or a smaller model")
-    except Interrupted as interrupted:
-        _end(130, str(interrupted))
-    except KeyboardInterrupt:
-        _end(130, "interrupted")
+    except KeyboardInterrupt as interrupt:
+        _end(130, str(interrupt) or "interrupted")
     except BrokenPipeError:
         _end(141)
     except OSError as error:  # of standard output, or one that no module has described better

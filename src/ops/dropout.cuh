@@ -1,3 +1,0 @@
-// dropout.h on a GPU. One thread computes one number.
-
-#include "dropout.h"

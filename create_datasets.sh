@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From raw text to token ids (stages 1 and 2), as the experiment does: 1/100 of the data, drawn
-# with a fixed seed. FRACTION=1 takes all of it, DATA_DIR names another folder.
+# Converts raw text to token ids (stages 1 and 2) as the experiment does: 1/100 of the data, drawn
+# with a fixed seed. FRACTION=1 takes all of it, DATA_DIR sets another folder.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is needed, then runs the linters and pytest: `bash run_tests.sh [PYTEST_ARGUMENT...]`.
-# `-m "not slow"` leaves out the tests that take long. Exit code 0 only if all of them pass.
+# `-m "not slow"` leaves out the slow tests. The exit code is 0 only if all of them pass.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

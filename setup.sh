@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: afterwards `python` is one that has every package of
-# requirement.txt. Takes about a minute the first time, a few milliseconds from then on.
+# The other scripts source this file. Afterwards `python` has every package of requirement.txt.
+# This takes about a minute the first time, and a few milliseconds from then on.
 #
-# It uses the virtual or conda environment that is active, else makes .venv beside this file.
-# Compiler and Java, and Open MPI where NPROC asks for several processes, are installed through
-# apt-get where we are root, else named.
+# It uses the virtual or conda environment that is active, else it makes .venv beside this file. If
+# the compiler, Java, or (with NPROC above 1) Open MPI is missing, root installs it through apt-get;
+# for other users, an error message names it.
 
 set -euo pipefail
 
@@ -17,7 +17,7 @@ setup_say() { echo "setup: $*" >&2; }
 setup_fail() { echo "error: $*" >&2; exit 1; }
 
 # The folder of the environment to use: the active one, or our own, which may not exist yet.
-# Conda's `base` does not count, as conda itself lives in it and breaks under other versions.
+# Conda's `base` is not used, because conda itself runs in it and fails with other versions.
 setup_choose_environment() {
     if [[ -x "${VIRTUAL_ENV:-}/bin/python" ]]; then
         echo "$VIRTUAL_ENV"
@@ -29,7 +29,7 @@ setup_choose_environment() {
 }
 
 # What PYTHON lacks, as Debian package names without "pythonX.Y-": "dev" for the headers and
-# pythonX.Y-config, with which Jittor compiles itself, "venv" for making environments.
+# pythonX.Y-config, which Jittor needs to compile itself; "venv" to make environments.
 setup_python_lacks() {  # PYTHON
     "$1" - <<'END'
 import importlib.util, os, sys, sysconfig
@@ -49,13 +49,13 @@ setup_python_version() {  # PYTHON
     "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null
 }
 
-# The Python for a new environment: of the versions tried the first complete one, else the first
-# that apt can complete, else any other Python 3. Prints nothing where there is none.
+# Prints the Python for a new environment: the first complete one of the versions tried, else the
+# first that apt can complete, else any other Python 3. Prints nothing if there is none.
 setup_find_python() {
     local version candidate incomplete=""
     for version in $setup_python_tried; do
         candidate="$(command -v "python$version")" || continue
-        # A pyenv shim stands on the PATH even for a version that is not switched on.
+        # A pyenv shim is on the PATH even if its version is not activated.
         [[ "$(setup_python_version "$candidate")" == "$version" ]] || continue
         [[ -n "$(setup_python_lacks "$candidate")" ]] || { echo "$candidate"; return; }
         incomplete="${incomplete:-$candidate}"
@@ -82,7 +82,7 @@ setup_install_system_packages() {  # DEBIAN_PACKAGE...
     rm -f "$log"
 }
 
-# One line about each version nobody has tried this project with.
+# Warns of each version with which this project has not been tried.
 setup_warn_of_untried() {
     local version
     version="$(setup_python_version python)"
@@ -97,8 +97,8 @@ setup_warn_of_untried() {
             "(tried: $setup_java_tried)"
 }
 
-# Installs FILE's packages unless the stamp in the environment says that just this was done.
-# Further files are those that FILE includes.
+# Installs FILE's packages unless the stamp in the environment shows that this was done already.
+# The INCLUDED files are those that FILE includes.
 setup_install_packages() {  # TIME FILE [INCLUDED...]
     local took="$1" file="$2" stamp hash log
     shift
@@ -128,7 +128,7 @@ setup_main() {
     if (( ${NPROC:-1} > 1 )) && ! { command -v mpirun && command -v mpicc; } > /dev/null; then
         need+=(openmpi-bin libopenmpi-dev)
     fi
-    if ! "$python" -c "" 2> /dev/null; then  # not made yet, or its Python has gone since
+    if ! "$python" -c "" 2> /dev/null; then  # not made yet, or its Python was removed
         base="$(setup_find_python)"
         [[ -n "$base" ]] || need+=(python3 python3-dev python3-venv)
     elif [[ ! -f "$setup_environment/.installed-requirement.txt" ]]; then

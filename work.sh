@@ -2,17 +2,17 @@
 # Fine-tunes GPT-2 with LoRA, generates from the test set, decodes and scores:
 #
 #   bash work.sh          the E2E experiment; needs its data and GPT-2's weights
-#   bash work.sh demo     the same in small on data and a base model made here; needs no download
+#   bash work.sh demo     a small experiment that makes its own data and base model; no download
 #
 # The flags are in data/e2e.ini and data/demo/. Variables override them, e.g. MODEL_CARD=gpt2.md EPOCHS=1
-# bash work.sh; docs/reference.md has all variables. A training run that broke off is continued
-# where it stopped; RESUME=no begins it anew.
+# bash work.sh; docs/reference.md has all variables. A training run that was interrupted is
+# resumed; RESUME=no starts a new one.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 experiment="${1:-e2e}"
-flags=(@data/e2e.ini)  # what the variables below do not override
+flags=(@data/e2e.ini)  # the variables below override these
 
 case "$experiment" in
 e2e)
@@ -21,7 +21,7 @@ e2e)
     ;;
 demo)
     flags+=(@data/demo/demo.ini)
-    MODEL_CARD=""  # not to be overridden
+    MODEL_CARD=""  # the demo ignores the variable
     DATA="${DATA:-./data/demo/work}"
     WORK_DIR="${WORK_DIR:-./trained_models/demo}"
     ;;
@@ -31,11 +31,11 @@ demo)
     ;;
 esac
 DEVICE="${DEVICE:-auto}"  # auto, cpu or cuda
-RESUME="${RESUME:-auto}"  # auto, yes (refuse a run of other settings) or no
-export NPROC="${NPROC:-1}"  # processes that share training and beam search, see setup.sh
-MPI_FLAGS="${MPI_FLAGS:-}"  # more flags of mpirun, e.g. --hostfile FILE
+RESUME="${RESUME:-auto}"  # auto, yes (an error if the settings differ) or no
+export NPROC="${NPROC:-1}"  # processes for training and beam search, see setup.sh
+MPI_FLAGS="${MPI_FLAGS:-}"  # further flags of mpirun, e.g. --hostfile FILE
 
-# Each variable that is set becomes its flag, in the array `overrides`.
+# Sets the array `overrides` to the flags of those variables that are set.
 override() {  # VARIABLE=FLAG...
     local pair variable
     overrides=()
@@ -51,7 +51,7 @@ launch() {  # SCRIPT FLAG...
         return
     fi
     local mpi=(-np "$NPROC" --bind-to none --oversubscribe)
-    # A script that fails prints the reason; mpirun's own message helps only with flags of yours.
+    # A script that fails prints the reason; mpirun's own message is useful only with MPI_FLAGS.
     [[ -n "$MPI_FLAGS" ]] || mpi+=(--quiet)
     [[ "$(id -u)" != 0 ]] || mpi+=(--allow-run-as-root)
     # shellcheck disable=SC2086  # several flags

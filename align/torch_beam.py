@@ -100,7 +100,7 @@ def repeating(tokens: list[int], n: int) -> list[int]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser("gpt2_beam", description="Beam search with GPT-2 and LoRA by PyTorch.")
+    parser = ArgumentParser("Beam search with GPT-2 and LoRA by PyTorch.", "gpt2_beam")
     torch_flags.add_model_flags(parser, card="gpt2.sm")
     positive = torch_flags.at_least(1)
     parser.add_argument("--data", required=True, metavar="JSONL", help="samples to continue")

@@ -27,7 +27,7 @@ COLUMNS = ("step", "epoch", "lr", "loss", "valid_loss", "ms_per_batch")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = ArgumentParser("gpt2_ft", description="LoRA fine-tuning of GPT-2 by PyTorch.")
+    parser = ArgumentParser("LoRA fine-tuning of GPT-2 by PyTorch.", "gpt2_ft")
     torch_flags.add_model_flags(parser, card="gpt2.md")
     positive = torch_flags.at_least(1)
     data = parser.add_argument_group("data")

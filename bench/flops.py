@@ -42,7 +42,7 @@ def _sample(targets: np.ndarray, config: GPT2Config, r: int) -> int:
 
 
 def _layer(tokens: int, rows: int, pairs: int, width: int, r: int, first: bool) -> int:
-    """FLOPs of a layer: ``tokens`` keys and values, ``pairs`` in attention, the rest for ``rows``."""
+    """FLOPs of a layer: ``tokens`` keys and values, ``pairs`` in attention, ``rows`` otherwise."""
     square = 2 * width * width  # one row times a C x C matrix
     thin = 2 * width * r  # one row times a C x r matrix
     qkv = (rows + 2 * tokens) * square

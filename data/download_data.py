@@ -2,7 +2,7 @@
 
     python data/download_data.py [DIR]
 
-E2E_SOURCE=FOLDER copies them from a folder instead; E2E_URL names another place to fetch from.
+E2E_SOURCE=FOLDER copies them from a folder instead; E2E_URL sets another URL to download from.
 The E2E NLG data set is by Novikova et al. (2017), CC BY-SA 4.0.
 """
 
@@ -34,9 +34,9 @@ REMEDY = ("run this again to resume, or copy the files from a folder: "
 
 
 def copy(source: Path, path: Path, blob_id: str) -> None:
-    """Copies an official file; raises InputError where ``source`` is missing or another file."""
+    """Copies an official file; raises InputError if ``source`` is missing or not that file."""
     if not source.is_file():
-        raise InputError(f"{source}: no such file; it is fetched where E2E_SOURCE is not set")
+        raise InputError(f"{source}: no such file; without E2E_SOURCE, it is downloaded")
     if git_blob_id(source) != blob_id:
         raise InputError(f"{source}: not the official file (git_blob_id is not {blob_id}); to "
                          f"train on data of your own, copy it to {path} yourself")
@@ -45,7 +45,7 @@ def copy(source: Path, path: Path, blob_id: str) -> None:
 
 
 def copy_all(source: Path, folder: Path) -> None:
-    """Copies what ``source`` has of the official files, then raises InputError for the rest."""
+    """Copies the official files that ``source`` has; raises InputError for the others."""
     problems = []
     for name, blob_id in BLOB_IDS.items():
         try:
@@ -69,7 +69,7 @@ def fetch_all(url: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetches the official E2E files.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("data/e2e"), metavar="DIR",
-                        help="where they go (default: %(default)s)")
+                        help="folder to write to (default: %(default)s)")
     folder = parser.parse_args().folder
     if os.environ.get("E2E_SOURCE"):
         copy_all(Path(os.environ["E2E_SOURCE"]), folder)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches the three official E2E files into data/e2e/; run it again to resume.
-# E2E_SOURCE=DIR copies them from a folder instead, E2E_URL names another place to fetch from.
+# E2E_SOURCE=DIR copies them from a folder instead, E2E_URL sets another URL to download from.
 
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

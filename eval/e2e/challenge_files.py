@@ -1,8 +1,9 @@
 """The E2E challenge's reference and prediction files: plain text, TSV and CSV.
 
-Text: a prediction a line; references one a line with an empty line after those of each input, or,
-where there is no empty line, one reference a line. TSV and CSV (told by the name's ending): a
-column of sources and one of texts, found by their headings; without headings, exactly these two.
+Text files have one prediction per line; or one reference per line, with an empty line after the
+references of each input; without empty lines, each input has one reference. TSV and CSV files (the
+file extension decides) have a column of sources and one of texts, found by their headings; a file
+without headings has only these two columns.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _REPAIRS = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))  # wro
 
 
 class Segment(NamedTuple):
-    """One input of the challenge; ``source`` is empty where the files do not tell it."""
+    """One input of the challenge; ``source`` is empty if the files do not have it."""
 
     source: str
     references: list[str]
@@ -42,7 +43,7 @@ class Row(NamedTuple):
 def load(ref_file: str, pred_file: str, src_file: str | None = None) -> list[Segment]:
     """The segments of a reference and a prediction file, in the order of the predictions.
 
-    With ``src_file`` (a source a line) the predictions must be a table with just these sources.
+    With ``src_file`` (one source per line) the predictions must be a table with the same sources.
     Raises InputError for files that are missing, malformed or do not belong together.
     """
     if src_file is not None or _is_table(pred_file):
@@ -54,7 +55,7 @@ def load(ref_file: str, pred_file: str, src_file: str | None = None) -> list[Seg
         predictions = [line.strip() for line in read_lines(pred_file)]
         sources = [""] * len(predictions)
     if not predictions:
-        raise InputError(f"{pred_file}: the file is empty; it must have one prediction a line")
+        raise InputError(f"{pred_file}: the file is empty; it must have one prediction per line")
 
     if _is_table(ref_file):
         groups = _references_of_table(ref_file, sources)
@@ -63,7 +64,7 @@ def load(ref_file: str, pred_file: str, src_file: str | None = None) -> list[Seg
     if len(groups) != len(predictions):
         raise InputError(
             f"{ref_file} has references for {len(groups)} inputs, but {pred_file} has "
-            f"{len(predictions)} predictions; give one prediction an input, in the same order "
+            f"{len(predictions)} predictions; give one prediction per input, in the same order "
             "(an empty line ends the references of an input)")
     return [Segment(*parts) for parts in zip(sources, groups, predictions)]
 
@@ -81,7 +82,7 @@ def _read_table(path: str, text_heading: re.Pattern) -> list[Row]:
         if line.strip():
             numbered.append((number, line.strip(" ")))
     if not numbered:
-        raise InputError(f"{path}: the file is empty; it must have a source and a text a line")
+        raise InputError(f"{path}: the file is empty; it must have a source and a text per line")
 
     lines = [line for _, line in numbered]
     reader = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ",")
@@ -107,9 +108,9 @@ def _read_table(path: str, text_heading: re.Pattern) -> list[Row]:
 
 
 def _columns(path: str, first: list[str], text_heading: re.Pattern) -> tuple[int, int] | None:
-    """Where a table's sources and texts are; None where it has just these and no headings."""
-    # As in the challenge's script a heading only has to start with the right word. Where that
-    # does not tell them, whole words do ("Outside the city, ..." is a text, not a heading).
+    """The columns of sources and texts; None if there are only these two and no headings."""
+    # As in the challenge's script, a heading only has to start with the right word. If that is
+    # ambiguous, the whole heading must match ("Outside the city, ..." is a text, not a heading).
     for match in (re.match, re.fullmatch):
         found = [[column for column, field in enumerate(first) if match(pattern, field)]
                  for pattern in (_SOURCE, text_heading)]
@@ -126,7 +127,7 @@ def _check_sources(pred_file: str, rows: list[Row], src_file: str) -> None:
     expected = [line.strip() for line in read_lines(src_file)]
     if len(rows) != len(expected):
         raise InputError(f"{pred_file} has {len(rows)} predictions, but {src_file} has "
-                         f"{len(expected)} sources; give one prediction a source")
+                         f"{len(expected)} sources; give one prediction per source")
     for row, source in zip(rows, expected):
         if row.source != source:
             raise InputError(f"{pred_file}:{row.line}: the source '{row.source}' should be "
@@ -134,7 +135,7 @@ def _check_sources(pred_file: str, rows: list[Row], src_file: str) -> None:
 
 
 def _references_of_table(path: str, sources: list[str]) -> list[list[str]]:
-    """The references of each source; of each run of equal ones where ``sources`` are unknown."""
+    """The references of each source, or of each run of equal sources if they are unknown."""
     rows = _read_table(path, _REFERENCE)
     if not any(sources):
         groups, previous = [], None
@@ -155,13 +156,13 @@ def _references_of_table(path: str, sources: list[str]) -> list[list[str]]:
 
 
 def _references_of_text(path: str, predictions: int) -> list[list[str]]:
-    """The groups of references of a text file; ``predictions`` tells what a single group is."""
+    """The groups of references of a text file, for a number of ``predictions``."""
     lines = [line.strip() for line in read_lines(path)]
     separated = "" in lines
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
-        raise InputError(f"{path}: no references in it; it must have one or more an input")
+        raise InputError(f"{path}: no references in it; it must have one or more per input")
     groups: list[list[str]] = [[]]
     for number, line in enumerate(lines, start=1):
         if line:

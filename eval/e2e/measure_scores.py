@@ -26,18 +26,18 @@ METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Scores predictions with the metrics of the E2E NLG challenge.")
-    parser.add_argument("ref_file", metavar="REF", help="references: one a line, an empty line "
-                        "after those of each input (no empty line: one reference an input); or "
+    parser.add_argument("ref_file", metavar="REF", help="references: one per line, an empty line "
+                        "after those of each input (no empty line: one reference per input); or "
                         "a .tsv or .csv of sources and references")
-    parser.add_argument("sys_file", metavar="PRED", help="predictions: one a line; or a .tsv or "
+    parser.add_argument("sys_file", metavar="PRED", help="predictions: one per line; or a .tsv or "
                         ".csv of sources and predictions")
     parser.add_argument("-l", "--sent-level", "--seg-level", "--sentence-level",
                         "--segment-level", metavar="TSV", help="write the scores of each segment "
-                        "to this file instead of printing those of all")
-    parser.add_argument("-s", "--src-file", metavar="SRC", help="sources, one a line: PRED must "
-                        "be a table with just these")
-    parser.add_argument("-p", "--python", action="store_true", help="accepted for the sake of "
-                        "existing commands: BLEU and NIST are always computed in Python")
+                        "to this file instead of printing the scores of all")
+    parser.add_argument("-s", "--src-file", metavar="SRC", help="sources, one per line: PRED must "
+                        "be a table with the same sources")
+    parser.add_argument("-p", "--python", action="store_true", help="no effect, accepted because "
+                        "existing commands have it: BLEU and NIST are always computed in Python")
     parser.add_argument("-t", "--table", action="store_true",
                         help="print the scores as one tab-separated line")
     parser.add_argument("-H", "--header", action="store_true",

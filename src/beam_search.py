@@ -32,21 +32,20 @@ class BeamOptions:
 
 
 def predict(generator: Generator, queries: Sequence[Tokens], options: BeamOptions, batch_size: int,
-            on_done: Callable[[int], object] = lambda count: None) -> list[list[int]]:
+            on_batch: Callable[[dict[Tokens, list[int]]], object] = lambda answers: None,
+            ) -> list[list[int]]:
     """The best continuation of each query: eval_len token ids, zeros after the sequence.
 
     Equal queries are searched once. ``batch_size`` queries are searched at a time, which changes
-    the speed only. ``on_done(count)`` is called when ``count`` more queries are answered.
+    the speed only. ``on_batch`` gets the answers of each batch, by query.
     """
-    uses: dict[Tokens, int] = {}
-    for query in queries:
-        uses[query] = uses.get(query, 0) + 1
-    distinct = sorted(uses, key=len)  # queries of similar length need little padding
+    distinct = sorted(dict.fromkeys(queries), key=len)  # similar lengths need little padding
     answers: dict[Tokens, list[int]] = {}
     for start in range(0, len(distinct), batch_size):
         batch = distinct[start:start + batch_size]
-        answers.update(zip(batch, search(generator, batch, options)))
-        on_done(sum(uses[query] for query in batch))
+        found = dict(zip(batch, search(generator, batch, options)))
+        answers.update(found)
+        on_batch(found)
     return [answers[query] for query in queries]
 
 

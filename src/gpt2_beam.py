@@ -5,7 +5,6 @@ one JSON line a sample, its id and the predicted token ids, to WORK_DIR/OUTPUT_F
 """
 
 import argparse
-import json
 import os
 import time
 from contextlib import nullcontext
@@ -15,10 +14,14 @@ import numpy as np
 
 from config import MODEL_CARDS, LoRAConfig
 from runtime import backend, processes
-from runtime.flags import ArgumentParser, add_device_flag, at_least, between
-from runtime.formats import replacing
+from runtime.download import sha256
+from runtime.errors import Interrupted
+from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, at_least, between
+from runtime.formats import write_jsonl
+from runtime.locks import exclusive
 from runtime.progress import Progress, log
 from runtime.script import run
+from search_state import SearchState
 
 END_OF_TEXT = 50256
 
@@ -59,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--work_dir", type=Path, default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
                         help="folder of the output file")
     output.add_argument("--output_file", default="beam_prediction.jsonl", help="its name there")
+    add_resume_flag(parser, "the search for --output_file that broke off")
     add_device_flag(parser)
     args = parser.parse_args()
 
@@ -73,45 +77,84 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_args()
-    backend.start(args.device)
-    # What needs Jittor is imported after the start, see backend.
+# Flags that do not change the predictions: a search that is continued may differ in them.
+FREE_FLAGS = {"work_dir", "output_file", "batch_size", "resume", "device"}
+FILE_FLAGS = ("data", "init_checkpoint", "lora_checkpoint")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """What a search must share with the one that it continues, by flag; for a file its SHA-256."""
+    return {name: sha256(Path(value)) if name in FILE_FLAGS and value and Path(value).is_file()
+            else value for name, value in vars(args).items() if name not in FREE_FLAGS}
+
+
+def make_generator(args: argparse.Namespace):
+    """The model with its weights, in the form that can only generate."""
     import checkpoint
-    from beam_search import BeamOptions, predict
-    from dataset import FTDataset
     from generator import Generator
     from model import GPT2LMModel
 
-    card = MODEL_CARDS[args.model_card]
-    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
-                        vocab_size=card.vocab_size, n_positions=card.n_positions).queries()
-    model = GPT2LMModel(card, LoRAConfig(args.lora_dim, args.lora_alpha))
+    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
-    generator = Generator(model)
-    del model  # so that its matrices are freed as they are packed
+    return Generator(model)  # when the model is dropped, its matrices are freed as they are packed
+
+
+def search(args: argparse.Namespace, distinct: list[tuple[int, ...]], state: SearchState) -> None:
+    """Searches this process's share of the different contexts, as far as ``state`` lacks them."""
+    from beam_search import BeamOptions, predict
+
     options = BeamOptions(
         beam=args.beam, eval_len=args.eval_len, min_length=args.min_length,
         length_penalty=args.length_penalty, no_repeat_ngram_size=args.no_repeat_ngram_size,
         repetition_penalty=args.repetition_penalty, eos_token_ids=frozenset(args.eos_token_id))
-    # Each process searches its share of the different contexts, both long and short ones.
+    numbers = {query: number for number, query in enumerate(distinct)}
+    share = distinct[processes.rank()::processes.world_size()]  # both long and short ones
+    left = [query for query in share if numbers[query] not in state.answers]
+    if state.answers:
+        log(f"{len(state.answers)} of {len(distinct)} different contexts were searched before")
+    with Progress(len(share), "beam search", "context", initial=len(share) - len(left)) as bar:
+        def on_batch(answers):
+            state.add({numbers[query]: ids for query, ids in answers.items()})
+            bar.update(len(answers))
+
+        try:
+            predict(make_generator(args), left, options, args.batch_size, on_batch)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped after {len(state.answers)} of {len(distinct)} different "
+                              "contexts; to continue: the same command with --resume") from None
+
+
+def main() -> None:
+    args = parse_args()
+    backend.start(args.device)
+    from dataset import FTDataset  # needs Jittor, see backend
+
+    card = MODEL_CARDS[args.model_card]
+    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
+                        vocab_size=card.vocab_size, n_positions=card.n_positions).queries()
     distinct = sorted(dict.fromkeys(queries), key=len)
-    share = set(distinct[processes.rank()::processes.world_size()])
-    mine = [i for i, query in enumerate(queries) if query in share]
-    predictions = np.zeros((len(queries), args.eval_len), np.int32)
+    settings = settings_of(args)
+    processes.check_same({**vars(args), **settings})
     output = args.work_dir / args.output_file
+    state = SearchState(args.work_dir, output, settings)
     started = time.perf_counter()
-    # Opened before the search, so that a bad path fails at once.
-    with replacing(output) if processes.rank() == 0 else nullcontext() as file:
-        with Progress(len(mine), "beam search", "sample") as bar:
-            answers = predict(generator, [queries[i] for i in mine], options, args.batch_size,
-                              bar.update)
-        for i, answer in zip(mine, answers):
-            predictions[i] = answer
-        predictions = processes.total_array(predictions)
-        if file:
-            for i, ids in enumerate(predictions.tolist()):
-                file.write(f"{json.dumps({'id': i, 'predict': ids})}\n".encode("utf-8"))
+    lock = exclusive(args.work_dir / f".{output.name}.searching", "wait for it, or give another "
+                     "--work_dir or --output_file")
+    with lock if processes.rank() == 0 else nullcontext():
+        state.load(args.resume, len(distinct), args.eval_len)
+        if processes.total_number(state.finished and processes.rank() == 0):
+            log(f"finished before, nothing to do: {output}; --resume no searches anew")
+            return
+        state.begin()
+        search(args, distinct, state)
+        predictions = np.zeros((len(distinct), args.eval_len), np.int32)
+        for number in range(processes.rank(), len(distinct), processes.world_size()):
+            predictions[number] = state.answers[number]
+        answers = dict(zip(distinct, processes.total_array(predictions).tolist()))
+        if processes.rank() == 0:
+            write_jsonl(output, ({"id": i, "predict": answers[query]}
+                                 for i, query in enumerate(queries)))
+            state.finish()
     took = time.perf_counter() - started
     log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
         f"{len(queries) / took:.2f} samples/s; saved {output}")

@@ -7,13 +7,15 @@ data/: ``python src/gpt2_ft.py @data/e2e.ini --train_data ...``.
 
 import argparse
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from config import MODEL_CARDS, LoRAConfig
 from runtime import backend, processes
 from runtime.download import sha256
 from runtime.errors import InputError
-from runtime.flags import ArgumentParser, add_device_flag, at_least, seed, share
+from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, at_least, seed, share
+from runtime.locks import exclusive
 from runtime.progress import Progress, log
 from runtime.script import StopRequest, run
 
@@ -87,10 +89,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--state_interval", type=at_least(1), metavar="N",
                         help="micro-batches between states to resume from; none: 100 with LoRA, "
                              "500 without")
-    output.add_argument("--resume", nargs="?", choices=["no", "yes", "auto"], const="yes",
-                        default="no",
-                        help="continue the run in --work_dir that broke off, from its newest "
-                             "state; auto: begin anew if that run had other settings")
+    add_resume_flag(parser, "the run in --work_dir that broke off, from its newest state")
     add_device_flag(parser)
     args = parser.parse_args()
 
@@ -125,9 +124,22 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
     ``np`` is mpirun's flag for the number of processes.
     """
-    settings = {name: sha256(Path(value)) if name in FILE_FLAGS and value else value
-                for name, value in vars(args).items() if name not in FREE_FLAGS}
+    settings = {name: sha256(Path(value)) if name in FILE_FLAGS and value and Path(value).is_file()
+                else value for name, value in vars(args).items() if name not in FREE_FLAGS}
     return {**settings, "np": processes.world_size()}
+
+
+def is_finished(args: argparse.Namespace, settings: dict[str, object]) -> bool:
+    """Whether --resume finds that this very run has ended; logs its last checkpoint."""
+    import train_state
+
+    last = None
+    if args.resume != "no" and processes.rank() == 0:
+        last = train_state.finished(args.work_dir, settings)
+    if last:
+        train_state.remove(args.work_dir)
+        log(f"finished before, nothing to do: {last}; --resume no trains anew")
+    return processes.total_number(bool(last)) > 0
 
 
 def state_to_resume(args: argparse.Namespace, settings: dict[str, object]):
@@ -225,18 +237,23 @@ def main() -> None:
     train_data, valid_data = read_data(args)
     max_step = args.max_step or -(-args.max_epoch * train_data.num_batches
                                   // processes.world_size())
-    trainer = make_trainer(args, max_step)
     settings = settings_of(args)
+    processes.check_same({**vars(args), **settings})
     options = RunOptions(
         work_dir=args.work_dir, max_step=max_step, max_epoch=args.max_epoch,
         log_interval=args.log_interval, eval_interval=args.eval_interval,
         save_interval=args.save_interval, state_interval=args.state_interval,
         keep_last=args.keep_last, settings=settings)
-    state = state_to_resume(args, settings)
-    done = state.counters.step if state else 0
-    with StopRequest(log) as stop, Progress(max_step, "training", "batch", initial=done) as bar:
-        last = TrainingRun(trainer, train_data, valid_data, options, log).run(
-            state, lambda: stop.requested, lambda note: bar.update(note=note))
+    lock = exclusive(args.work_dir / ".training", "wait for it, or give another --work_dir")
+    with lock if processes.rank() == 0 else nullcontext():
+        if is_finished(args, settings):
+            return
+        trainer = make_trainer(args, max_step)
+        state = state_to_resume(args, settings)
+        done = state.counters.step if state else 0
+        with StopRequest(log) as stop, Progress(max_step, "training", "batch", initial=done) as bar:
+            last = TrainingRun(trainer, train_data, valid_data, options, log).run(
+                state, lambda: stop.requested, lambda note: bar.update(note=note))
     log(f"saved {last}; log, metrics and loss curve beside it")
 
 

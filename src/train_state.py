@@ -19,9 +19,12 @@ import numpy as np
 
 from optimizer import AdamW
 from runtime import torch_file
+from runtime.download import sha256
 from runtime.errors import InputError
+from runtime.formats import replacing
 
 NAME = re.compile(r"resume\.(\d+)\.pt")
+FINISHED = "finished.json"  # what a finished run was made from, and its last checkpoint
 KEPT = 2  # states in a work dir: if the newest is damaged, there is another
 
 
@@ -157,6 +160,25 @@ def _is_fill(states: object, world_size: object) -> bool:
     return isinstance(states, list) and len(states) == world_size and all(
         isinstance(state, list) and len(state) == 625 and state[-1] in range(625)
         and all(type(n) is int and 0 <= n < 2**32 for n in state) for state in states)
+
+
+def mark_finished(work_dir: Path, settings: dict[str, object], checkpoint: Path) -> None:
+    """Notes that a run with these settings has ended with ``checkpoint``, see :func:`finished`."""
+    about = {"checkpoint": checkpoint.name, "sha256": sha256(checkpoint), "settings": settings}
+    with replacing(work_dir / FINISHED) as file:
+        file.write(json.dumps(about).encode("utf-8"))
+
+
+def finished(work_dir: Path, settings: dict[str, object]) -> Path | None:
+    """The last checkpoint if a run with these settings has ended in ``work_dir``, else None."""
+    try:
+        about = json.loads((work_dir / FINISHED).read_text(encoding="utf-8"))
+        checkpoint = work_dir / about["checkpoint"]
+        if about["settings"] == settings and about["sha256"] == sha256(checkpoint):
+            return checkpoint
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass  # none, or damaged
+    return None
 
 
 def remove(work_dir: Path, keep: int = 0, step: int | None = None) -> None:

@@ -181,6 +181,7 @@ class TrainingRun:
                 data.fill_state = states[processes.rank()]
         elif self.writes:
             train_state.remove(self.options.work_dir)
+            (self.options.work_dir / train_state.FINISHED).unlink(missing_ok=True)
         self.log = RunLog(self.options.work_dir, self.say,
                           state.counters.log_sizes if state else None, write=self.writes)
         return self.counters
@@ -274,6 +275,7 @@ class TrainingRun:
         last = self._save(f"model.{self.trainer.steps}.pt", whole=True)
         self.log.close()
         if self.writes:
+            train_state.mark_finished(self.options.work_dir, self.options.settings, last)
             train_state.remove(self.options.work_dir)
         return last
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
@@ -328,3 +330,85 @@ def test_no_relay_is_left_behind(jittor, number):
     while not ended(relay) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ended(relay)
+    assert (compiling.CRASH in said) == (number == signal.SIGKILL)
+
+
+CRASHING = PROGRAM + """
+jt.code((1,), "int32", [], cpu_header=f"// {sys.argv[2]}\\n#include <cstring>",
+        cpu_src="memset((void*)1, 0, 1000000); @out(0) = 1;").sync()
+"""
+
+
+@pytest.mark.slow
+def test_a_segmentation_fault_ends_the_process_with_a_line(jittor):
+    """Jittor's own handler can hang, with the lock that all its processes wait for."""
+    process = start(CRASHING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGSEGV
+    assert said.endswith(f"said by 2\n{compiling.CRASH}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["import", "operators"])
+def test_who_waits_for_another_process_says_so(jittor, kind):
+    import jittor_utils
+
+    process, said = None, ""
+    with open(jittor_utils.lock.lock_path, "r+") as lock:
+        (fcntl.flock if kind == "import" else fcntl.lockf)(lock, fcntl.LOCK_EX)
+        process = start(PROGRAM, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        while compiling.WAITING not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        assert process.poll() is None
+    rest, _ = process.communicate(timeout=100)
+    assert process.returncode == 0 and rest.endswith("[3.0, 3.0]\n")
+    assert said.count(compiling.WAITING) == 1 and compiling.WAITING not in rest
+
+
+def test_unfinished_outputs_are_compiled_again(tmp_path):
+    for name, output, key in (("done.so", 5, 6), ("at_once.o", 6, 6), ("killed.so", 7, 6)):
+        for suffix, when in (("", output), (".key", key)):
+            path = tmp_path / "obj_files" / f"{name}{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            os.utime(path, (when, when))
+    (tmp_path / "alone.key").touch()
+    compiling.discard_unfinished(tmp_path)
+    assert sorted(path.stem for path in tmp_path.rglob("*.key")) == ["alone", "at_once.o",
+                                                                          "done.so"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 10, 30])
+def test_ctrl_c_while_jittor_compiles_itself(jittor, tmp_path, after):
+    """On a new cache; a terminal sends the signal to all processes of the group."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import signal, sys; sys.path.insert(0, sys.argv[1])\n"
+         "from runtime import backend, script\n"
+         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+         "script.run(lambda: backend.start('cpu'))", ROOT / "src"],
+        env={**os.environ, "JITTOR_HOME": str(tmp_path), "HOME": str(tmp_path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(after)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert said == "interrupted\n"
+
+
+def test_no_product_is_tuned(jittor):
+    """Jittor's tuner of products is not safe with several compiler threads, see ops/matmul.py."""
+    import ops
+
+    x, w = (jittor.array(np.ones((3, 3), np.float32)) for _ in range(2))
+    y = ops.matmul(ops.plain_linear(x, w), w, transpose_b=True) + ops.linear(x, w)
+    jittor.sync([y, *jittor.grad(y.sum(), [x, w])])
+    loaded = {line.split()[-1] for line in open("/proc/self/maps") if "/jit/" in line}
+    sources = [Path(name).with_suffix(".cc").read_text() for name in loaded if ".so" in name]
+    assert sources and not any("relay_groups" in source for source in sources)

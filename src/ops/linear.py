@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jittor as jt
 
+from ops.matmul import matmul
 from ops.native import run
 
 
@@ -48,7 +49,7 @@ class _Linear(jt.Function):
         dx = _product(dy, weight, x.shape[1], "ROWS" if transposed else "COLUMNS")
         # Jittor is lazy: it computes only those gradients that are used.
         a, b = (dy, x) if transposed else (x, dy)
-        return (dx, jt.matmul(a.transpose(), b), dy.sum(dim=0) if self.has_bias else None,
+        return (dx, matmul(a.transpose(), b), dy.sum(dim=0) if self.has_bias else None,
                 dy if self.has_residual else None, None)
 
 
@@ -62,7 +63,7 @@ def _product(x: jt.Var, weight: jt.Var, n_out: int, layout: str, bias: jt.Var | 
 def plain_linear(x: jt.Var, weight: jt.Var, bias: jt.Var | None = None,
                  residual: jt.Var | None = None, transposed: bool = False) -> jt.Var:
     """:func:`linear` in Jittor's own operators."""
-    y = jt.nn.matmul_transpose(x, weight) if transposed else jt.matmul(x, weight)  # (N, n_out)
+    y = matmul(x, weight, transpose_b=transposed)  # (N, n_out)
     for addend in (bias, residual):
         y = y if addend is None else y + addend
     return y

@@ -3,6 +3,7 @@
 import jittor as jt
 import numpy as np
 
+from ops.matmul import matmul
 from ops.native import run, wants_plain
 
 
@@ -52,7 +53,7 @@ def plain_lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling:
             parts.append(jt.zeros((y.shape[0], column - end)))
         own = low[:, group * rank:(group + 1) * rank]  # (N, r)
         own_B = lora_B[group * width:(group + 1) * width]  # (width, r)
-        parts.append(jt.nn.matmul_transpose(own, own_B))  # (N, width)
+        parts.append(matmul(own, own_B, transpose_b=True))  # (N, width)
         end = column + width
     if end < y.shape[1]:
         parts.append(jt.zeros((y.shape[0], y.shape[1] - end)))

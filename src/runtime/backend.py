@@ -19,7 +19,9 @@ import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import Callable, NoReturn
 
 from runtime import compiling, processes
 from runtime.errors import InputError
@@ -93,6 +95,8 @@ def _prepare_environment(nvcc: str | None) -> None:
     if config.is_file():
         os.environ.setdefault("python_config_path", str(config))
     _prepare_mpi()
+    # Ctrl-C while Jittor is imported is left to Python, as in a Jupyter notebook.
+    os.environ.setdefault("JPY_PARENT_PID", "")
     # No cuDNN, cuFFT, cuSPARSE: GPT-2 needs none of them.
     os.environ["conv_opt"] = "1"
     os.environ.setdefault("log_silent", "1")  # no information and warnings, only errors
@@ -148,19 +152,31 @@ def _import_jittor(on_cuda: bool):
     import jittor_utils
 
     jittor_utils.DelayProgress = compiling.CoreProgress
-    pattern = "*/jittor_core*.so" if on_cuda else "jittor_core*.so"
-    if not any(Path(jittor_utils.cache_path).glob(pattern)):
+    jittor_utils.pool_initializer = partial(_ignore_interrupts, jittor_utils.pool_initializer)
+    lock = jittor_utils.lock.jittor_lock
+    compiling.acquire(lock.handle)
+    lock.is_locked = True
+    cache = Path(jittor_utils.cache_path)
+    compiling.discard_unfinished(cache)
+    if not any(cache.glob("*/jittor_core*.so" if on_cuda else "jittor_core*.so")):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")
-    # Jittor installs handlers that end this process on Ctrl-C and when a child of it is killed or
-    # stopped. We put Python's handlers back, and block SIGCHLD until then.
-    handlers = {number: signal.getsignal(number)
-                for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT)}
+    # Jittor installs handlers: on Ctrl-C and when a child is killed or stopped, they end this
+    # process; on a segmentation fault they try to, and often hang. Python's are put back below;
+    # until then, SIGCHLD is blocked.
+    handlers = {number: signal.getsignal(number) for number in
+                (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT, signal.SIGSEGV, signal.SIGFPE,
+                 signal.SIGILL, signal.SIGBUS)}
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    interrupts: list[int] = []  # Jittor catches exceptions of any type in some places
+    if handlers[signal.SIGINT] == signal.default_int_handler:
+        signal.signal(signal.SIGINT, partial(_interrupt, interrupts))
     try:
         import jittor
     except SystemExit:  # Jittor rebuilt its loader (another compiler or Python): start again
         os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
     except Exception as error:  # a failed build raises exceptions of any type
+        if interrupts:
+            raise KeyboardInterrupt from None
         reason = (str(error).strip().splitlines() or ["unknown"])[-1]
         raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
                          "errors in docs/running.md") from None
@@ -170,10 +186,28 @@ def _import_jittor(on_cuda: bool):
         jittor_utils.pool_cleanup()
         jittor_utils.pool_size = 0
         atexit.unregister(jittor_utils.pool_cleanup)
+    lock.unlock()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    if interrupts:
+        raise KeyboardInterrupt
     return jittor
+
+
+def _interrupt(interrupts: list[int], number: int, _frame) -> NoReturn:
+    interrupts.append(number)
+    raise KeyboardInterrupt
+
+
+def _ignore_interrupts(initializer: Callable[[], None]) -> None:
+    """Begins a process of Jittor's pool of compilers, which Jittor itself ends.
+
+    A terminal sends Ctrl-C to them, too: one that dies with the lock of their queue makes the end
+    of this process hang.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    initializer()
 
 
 if "jittor" in sys.modules:

@@ -4,24 +4,36 @@ Jittor compiles itself from Python; :class:`CoreProgress` replaces its own displ
 compiles operators in C++ while it holds Python's global lock, so no thread of ours could show
 anything meanwhile, and reports on stderr: ``Compiling Operators(3/40) used: 2.1s eta: 26s``.
 :func:`watch` therefore sends what C++ writes to stderr through a second process, which runs this
-file as a script: it shows these reports as progress and passes on everything else.
+file as a script: it shows these reports as progress and passes on everything else. It also prints
+a line if this process waits for another one that compiles, and if this process crashes.
 """
 
+import atexit
+import fcntl
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Callable
+from typing import IO, Callable, Optional, Tuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, for `runtime`
 
-from runtime.progress import Progress
+from runtime.progress import Progress, log
 
 REPORT = re.compile(rb"Compiling Operators\((\d+)/(\d+)\)")
 PERIOD = 10.0  # seconds between two log lines
+END = b"\0the process ends\n"  # the last line of a process that does not crash
+CRASH = ("error: the process was killed or crashed; if its memory ran out, take smaller batches or "
+         "a smaller model")
+WAITING = "waiting for another process that compiles for the same cache ..."
+
+
+# While stderr is watched: the descriptors of the real one and of the pipe to the relay.
+_watched: Optional[Tuple[int, int]] = None
 
 
 class CoreProgress:
@@ -46,28 +58,65 @@ class CoreProgress:
                 self.bar.close()
 
 
+def acquire(lock: IO) -> None:
+    """Takes Jittor's lock for the time of its import; prints a line if another process has it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log(WAITING)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def discard_unfinished(cache: Path) -> None:
+    """Makes Jittor compile again what a process that was killed meanwhile left half written.
+
+    Jittor writes OUTPUT.key after OUTPUT, and trusts OUTPUT if the key is right. But a key can be
+    of an earlier OUTPUT.
+    """
+    for key in cache.rglob("*.key"):
+        output = key.with_suffix("")
+        if output.exists() and output.stat().st_mtime_ns > key.stat().st_mtime_ns:
+            key.unlink(missing_ok=True)
+
+
 def watch() -> None:
     """From now on, what C++ writes to stderr in this process goes through :func:`relay`."""
+    global _watched
     reader, writer = os.pipe()
+    _watched = stderr, _ = os.dup(2), writer
     # In a session of its own, so that Ctrl-C does not end it before this process.
     subprocess.Popen([sys.executable, __file__], stdin=reader, start_new_session=True)
     if sys.stderr is sys.__stderr__:  # Python keeps the real one
-        sys.stderr = open(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        sys.stderr = open(stderr, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.dup2(writer, 2)
     os.close(reader)
-    os.close(writer)
+    atexit.register(unwatch)
 
 
-def relay(source: int, write: Callable[[bytes], object]) -> None:
+def unwatch() -> None:
+    """Ends :func:`watch`, if it was called. A process that ends without it has crashed."""
+    global _watched
+    if _watched is not None:
+        stderr, writer = _watched
+        os.write(writer, END)
+        os.close(writer)
+        os.dup2(stderr, 2)
+        _watched = None
+
+
+def relay(source: int, write: Callable[[bytes], object]) -> bool:
     """Passes on what can be read from ``source`` until all its writers have closed it.
 
     Jittor's reports are shown as progress instead, and the empty lines that it writes before the
-    first and after the last of them are dropped.
+    first and after the last of them are dropped. Returns whether END was there; it is dropped, too.
     """
+    ended = False
     bar, before, kept, rest = None, b"\n", b"", b""  # kept: empty lines, the last may be Jittor's
     while chunk := os.read(source, 1 << 16):
         *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)
         for line in lines:
+            if line.endswith(END):
+                ended, line = True, line[:-len(END)]
             report = REPORT.match(line)
             if report:
                 kept = kept[:-1] if before == b"\n" else kept
@@ -85,7 +134,22 @@ def relay(source: int, write: Callable[[bytes], object]) -> None:
                 kept = b""
             before = line
     write(kept + rest)
+    return ended
+
+
+def report_waiting(process: int) -> None:
+    """Prints a line whenever ``process`` begins to wait for a file lock; never returns."""
+    blocked = re.compile(rf"-> \w+ +ADVISORY +WRITE +{process} ")
+    before = False
+    while True:
+        waits = bool(blocked.search(Path("/proc/locks").read_text()))
+        if waits and not before:
+            log(WAITING)
+        before = waits
+        time.sleep(2)
 
 
 if __name__ == "__main__":
-    relay(0, lambda line: os.write(2, line))
+    threading.Thread(target=report_waiting, args=[os.getppid()], daemon=True).start()
+    if not relay(0, lambda line: os.write(2, line)):
+        print(CRASH, file=sys.stderr)

@@ -56,6 +56,13 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
                              "else the CPU")
 
 
+def add_resume_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds ``--resume [no|yes|auto]``; ``what`` it continues is for the help."""
+    parser.add_argument("--resume", nargs="?", choices=["no", "yes", "auto"], const="yes",
+                        default="no", help=f"continue {what}, and do nothing if it has ended; "
+                                           "auto: begin anew if it had other settings")
+
+
 def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:
     """The flags that a file holds for a script, by name: those of [DEFAULT] and of ``section``.
 

@@ -9,7 +9,10 @@ logs.
 from __future__ import annotations
 
 import os
+from hashlib import sha256
 from typing import TYPE_CHECKING
+
+from runtime.errors import InputError
 
 if TYPE_CHECKING:  # scripts without arrays start faster without it
     import numpy as np
@@ -75,6 +78,18 @@ def gather(numbers: list[int]) -> list[list[int]]:
     table = np.zeros((world_size(), len(numbers)), np.uint32)
     table[rank()] = numbers  # the other rows are zeros, and x + 0 is exact also as int32
     return total_array(table.view(np.int32)).view(np.uint32).tolist()
+
+
+def check_same(settings: dict[str, object]) -> None:
+    """Raises InputError, in every process, if a setting is not the same in all processes."""
+    names = sorted(settings)
+    table = gather([int(sha256(repr(settings[name]).encode()).hexdigest()[:8], 16)
+                    for name in names])
+    for number, row in enumerate(table):
+        for name, first, other in zip(names, table[0], row):
+            if other != first:
+                raise InputError(f"--{name}: process {number} has another value or file than "
+                                 "process 0; start all with the same flags and files")
 
 
 def barrier() -> None:

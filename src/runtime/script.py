@@ -11,7 +11,7 @@ import traceback
 from contextlib import nullcontext, redirect_stderr
 from typing import Callable, NoReturn
 
-from runtime import processes
+from runtime import compiling, processes
 from runtime.errors import InputError, Interrupted
 
 GRACE = 2.0  # seconds that processes other than 0 wait before they report an error
@@ -62,6 +62,7 @@ def _end(code: int, message: str = "") -> NoReturn:
         print(message, file=sys.stderr)
     if processes.world_size() > 1:
         sys.stderr.flush()
+        compiling.unwatch()
         os._exit(code)  # mpirun then ends the others
     sys.exit(code)
 

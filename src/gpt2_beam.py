@@ -99,7 +99,8 @@ def make_generator(args: argparse.Namespace):
     return Generator(model)  # when the model is dropped, its matrices are freed as they are packed
 
 
-def search(args: argparse.Namespace, distinct: list[tuple[int, ...]], state: SearchState) -> None:
+def search(args: argparse.Namespace, generator, distinct: list[tuple[int, ...]],
+           state: SearchState) -> None:
     """Searches this process's share of the different contexts, as far as ``state`` lacks them."""
     from beam_search import BeamOptions, predict
 
@@ -118,7 +119,7 @@ def search(args: argparse.Namespace, distinct: list[tuple[int, ...]], state: Sea
             bar.update(len(answers))
 
         try:
-            predict(make_generator(args), left, options, args.batch_size, on_batch)
+            predict(generator, left, options, args.batch_size, on_batch)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped after {len(state.answers)} of {len(distinct)} different "
                               "contexts; to continue: the same command with --resume") from None
@@ -137,16 +138,16 @@ def main() -> None:
     processes.check_same({**vars(args), **settings})
     output = args.work_dir / args.output_file
     state = SearchState(args.work_dir, output, settings)
+    state.load(args.resume, len(distinct), args.eval_len)
+    if processes.total_number(state.finished and processes.rank() == 0):
+        log(f"finished before, nothing to do: {output}; --resume no searches anew")
+        return
+    generator = make_generator(args)
     started = time.perf_counter()
-    lock = exclusive(args.work_dir / f".{output.name}.searching", "wait for it, or give another "
-                     "--work_dir or --output_file")
+    lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")
     with lock if processes.rank() == 0 else nullcontext():
-        state.load(args.resume, len(distinct), args.eval_len)
-        if processes.total_number(state.finished and processes.rank() == 0):
-            log(f"finished before, nothing to do: {output}; --resume no searches anew")
-            return
         state.begin()
-        search(args, distinct, state)
+        search(args, generator, distinct, state)
         predictions = np.zeros((len(distinct), args.eval_len), np.int32)
         for number in range(processes.rank(), len(distinct), processes.world_size()):
             predictions[number] = state.answers[number]

@@ -244,11 +244,11 @@ def main() -> None:
         log_interval=args.log_interval, eval_interval=args.eval_interval,
         save_interval=args.save_interval, state_interval=args.state_interval,
         keep_last=args.keep_last, settings=settings)
-    lock = exclusive(args.work_dir / ".training", "wait for it, or give another --work_dir")
+    if is_finished(args, settings):
+        return
+    trainer = make_trainer(args, max_step)
+    lock = exclusive(args.work_dir / ".training", "another --work_dir")
     with lock if processes.rank() == 0 else nullcontext():
-        if is_finished(args, settings):
-            return
-        trainer = make_trainer(args, max_step)
         state = state_to_resume(args, settings)
         done = state.counters.step if state else 0
         with StopRequest(log) as stop, Progress(max_step, "training", "batch", initial=done) as bar:

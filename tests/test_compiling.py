@@ -345,7 +345,7 @@ def test_a_segmentation_fault_ends_the_process_with_a_line(jittor):
     process = start(CRASHING, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _, said = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGSEGV
-    assert said.endswith(f"said by 2\n{compiling.CRASH}\n")
+    assert said.endswith(f"said by 2\nerror: process 0 of 1 {compiling.CRASH}\n")
 
 
 @pytest.mark.slow

@@ -145,8 +145,8 @@ def test_metrics_have_a_row_a_micro_batch(trained):
 def test_checkpoints(trained, base):
     _, folder = trained
     assert sorted(path.name for path in folder.iterdir()) == [
-        "loss.png", "metrics.csv", "model.10.pt", "model.12.pt", "model.5.pt", "model.best.pt",
-        "train.log"]
+        "finished.json", "loss.png", "metrics.csv", "model.10.pt", "model.12.pt", "model.5.pt",
+        "model.best.pt", "train.log"]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     first, last, frozen = (weights(path) for path in
                            (folder / "model.5.pt", folder / "model.12.pt", base))
@@ -322,6 +322,86 @@ def test_beam_search_follows_pytorch(predictions, flags):
     pytest.importorskip("transformers")
     assert predictions("--batch_size", 4, *flags) == predictions(
         "--batch_size", 1, *flags, script="align/torch_beam.py")
+
+
+@pytest.fixture
+def search(here, data, base, tmp_path, monkeypatch):
+    """Runs the beam search script in this process, one context a batch.
+
+    ``stop`` interrupts it at that batch. Returns the exit code, stderr, the number of contexts
+    searched, and the bytes of the output.
+    """
+    import beam_search
+    import gpt2_beam
+
+    original = beam_search.search
+
+    def run(*flags, stop=None):
+        searched = []
+
+        def one(*arguments):
+            if len(searched) == stop:
+                raise KeyboardInterrupt
+            searched.append(arguments)
+            return original(*arguments)
+
+        monkeypatch.setattr(beam_search, "search", one)
+        done = here(gpt2_beam.main, "--data", data / "valid.jsonl", "--seq_len", 24, "--eval_len",
+                    4, "--model_card", "gpt2.nano", "--init_checkpoint", base, "--batch_size", 1,
+                    "--work_dir", tmp_path, "--output_file", "out.jsonl", "--device", "cpu", *flags)
+        output = tmp_path / "out.jsonl"
+        return (done.returncode, done.stderr, len(searched),
+                output.read_bytes() if output.exists() else None)
+    return run
+
+
+def test_an_interrupted_beam_search_goes_on(search, tmp_path):
+    _, _, contexts, whole = search()
+    assert contexts == 3 and not list(tmp_path.glob(".*"))
+    (tmp_path / "out.jsonl").unlink()
+    code, said, searched, output = search(stop=2)
+    assert (code, searched, output) == (130, 2, None)
+    assert said == ("stopped after 2 of 3 different contexts; to continue: the same command with "
+                    "--resume\n")
+    assert search("--resume") == (0, "", 1, whole)
+    assert search("--resume", "auto") == (0, "", 0, whole)  # it has ended
+    assert search() == (0, "", 3, whole)
+    (tmp_path / "out.jsonl").write_bytes(whole + b"changed")
+    assert search("--resume") == (0, "", 3, whole)
+
+
+def test_a_state_of_another_beam_search(search, tmp_path):
+    whole = search("--beam", 2)[3]
+    (tmp_path / "out.jsonl").unlink()
+    search(stop=2)
+    code, said, searched, output = search("--resume", "--beam", 2)
+    assert (code, searched, output) == (1, 0, None)
+    assert said.startswith(f"error: {tmp_path}/out.jsonl.state: of a search with other flags or ")
+    assert search("--resume", "auto", "--beam", 2) == (0, "", 3, whole)
+
+
+@pytest.mark.parametrize("lines", [
+    [], [b"{"], [b"null"], [b"{}"], [b'{"settings": 1}', b"[9, [1, 1, 1, 1]]"],
+    [b"HEADER", b"[0, [1, 1, 1]]"], [b"HEADER", b"[3, [1, 1, 1, 1]]"], [b"HEADER", b"[0]"],
+    [b"HEADER", b'[0, [1, 1, 1, "x"]]'], [b"HEADER", b"[0, [1, 1, 1, -1]]"], [b"HEADER", b"7"],
+    [b"HEADER", b"\xff"], [b"[" * 100000]])
+def test_a_damaged_state_of_a_beam_search(search, tmp_path, lines):
+    whole = search()[3]
+    (tmp_path / "out.jsonl").unlink()
+    search(stop=2)
+    state = tmp_path / "out.jsonl.state"
+    header = state.read_bytes().split(b"\n")[0]
+    state.write_bytes(b"".join(line.replace(b"HEADER", header) + b"\n" for line in lines))
+    assert search("--resume") == (0, "", 3, whole)
+
+
+def test_a_state_that_ends_in_the_middle_of_a_line(search, tmp_path):
+    whole = search()[3]
+    (tmp_path / "out.jsonl").unlink()
+    search(stop=2)
+    state = tmp_path / "out.jsonl.state"
+    state.write_bytes(state.read_bytes()[:-3])
+    assert search("--resume") == (0, "", 2, whole)
 
 
 def test_beam_search_refuses(root, here, data, base, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 
 from dataset import FTDataset
 from runtime import torch_file
+from runtime.compiling import CRASH
 
 needs_mpi = pytest.mark.skipif(
     not (shutil.which("mpirun") and shutil.which("mpicc")),
@@ -196,6 +197,32 @@ def test_a_mistake_ends_all_with_one_line(root, data, tmp_path):
 
 @pytest.mark.slow
 @needs_mpi
+@pytest.mark.parametrize("flag", ["lr", "train_data", "init_checkpoint", "save_interval"])
+def test_processes_with_other_settings(root, data, trained, tmp_path, flag):
+    """Other data has other sizes, too: without a check, each process waits for the other."""
+    (tmp_path / "train.jsonl").write_bytes((data / "valid.jsonl").read_bytes() * 4)
+    base = trained[1][0] / "model.8.pt"
+    other = {"lr": 0.1, "train_data": tmp_path / "train.jsonl", "save_interval": 5,
+             "init_checkpoint": tmp_path / "other.pt"}[flag]
+    command = [sys.executable, root / "src/gpt2_ft.py", "--train_data", data / "train.jsonl",
+               "--valid_data", data / "valid.jsonl", *FLAGS, "--init_checkpoint", base,
+               "--work_dir", tmp_path / "out"]
+    if flag == "init_checkpoint":  # a whole model that differs in one weight
+        state = torch_file.load(base)["model_state_dict"]
+        state["transformer.ln_f.bias"] = state["transformer.ln_f.bias"] + np.float32(1)
+        torch_file.save(other, {"model_state_dict": state})
+    done = subprocess.run(
+        ["mpirun", "--quiet", "--oversubscribe", "-np", "1", *map(str, command), ":", "-np", "1",
+         *map(str, command), f"--{flag}", str(other)], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
+    assert done.returncode == 1
+    assert done.stderr == (f"error: --{flag}: process 1 has another value or file than process 0; "
+                           "start all with the same flags and files\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@needs_mpi
 def test_a_process_that_dies_ends_all(root, data, tmp_path):
     process = start(root, "src/gpt2_ft.py", "--train_data", data / "train.jsonl", "--valid_data",
                     data / "valid.jsonl", *FLAGS, "--max_epoch", 1000, "--work_dir", tmp_path)
@@ -206,8 +233,9 @@ def test_a_process_that_dies_ends_all(root, data, tmp_path):
                               text=True).stdout.split()
     assert len(children) == 2
     os.kill(max(map(int, children)), signal.SIGKILL)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode != 0
+    assert re.fullmatch(f"error: process [01] of 2 {re.escape(CRASH)}\n", said)
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def _prepare_environment(nvcc: str | None) -> None:
         os.environ.setdefault("python_config_path", str(config))
     _prepare_mpi()
     # Ctrl-C while Jittor is imported is left to Python, as in a Jupyter notebook.
-    os.environ.setdefault("JPY_PARENT_PID", "")
+    os.environ["JPY_PARENT_PID"] = ""
     # No cuDNN, cuFFT, cuSPARSE: GPT-2 needs none of them.
     os.environ["conv_opt"] = "1"
     os.environ.setdefault("log_silent", "1")  # no information and warnings, only errors

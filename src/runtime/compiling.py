@@ -22,13 +22,13 @@ from typing import IO, Callable, Optional, Tuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, for `runtime`
 
+from runtime import processes
 from runtime.progress import Progress, log
 
 REPORT = re.compile(rb"Compiling Operators\((\d+)/(\d+)\)")
 PERIOD = 10.0  # seconds between two log lines
 END = b"\0the process ends\n"  # the last line of a process that does not crash
-CRASH = ("error: the process was killed or crashed; if its memory ran out, take smaller batches or "
-         "a smaller model")
+CRASH = "was killed or crashed; if its memory ran out, take smaller batches or a smaller model"
 WAITING = "waiting for another process that compiles for the same cache ..."
 
 
@@ -151,5 +151,6 @@ def report_waiting(process: int) -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=report_waiting, args=[os.getppid()], daemon=True).start()
-    if not relay(0, lambda line: os.write(2, line)):
-        print(CRASH, file=sys.stderr)
+    if not relay(0, lambda line: os.write(2, line)) and processes.first_to_report():
+        print(f"error: process {processes.rank()} of {processes.world_size()} {CRASH}",
+              file=sys.stderr)

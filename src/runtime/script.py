@@ -54,6 +54,7 @@ def _end(code: int, message: str = "") -> NoReturn:
     """Ends this process, and with it all processes of the run; prints ``message`` on stderr."""
     if processes.rank():
         time.sleep(GRACE)  # process 0 reports first
+    processes.first_to_report()
     try:
         sys.stdout.flush()
     except OSError:  # drop what is still buffered, or flushing it at exit would fail again

@@ -1,9 +1,10 @@
-"""Output files: links, devices, pipes, permissions, parts of other processes."""
+"""Output files (links, devices, pipes, permissions, parts of other processes) and messages."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import shutil
 import socket
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 import run_log
-from runtime import torch_file
+from runtime import errors, progress, torch_file
 from runtime.errors import InputError
 from runtime.formats import replacing, write_jsonl
 
@@ -380,3 +381,57 @@ def test_records_of_a_run_that_are_links(tmp_path):
     assert log.sync()[0] == 5
     log.close()
     assert (tmp_path / "elsewhere").read_text() == "text\n"
+
+
+# Messages
+
+HOSTILE = "a\x1b[2J\x9b\x00\r\nb\x85\u2028\u202e\ud800\t\x7fc"
+
+
+def test_an_error_is_one_printable_line():
+    assert str(InputError(HOSTILE)) == "a?[2J????b??????c"
+    assert str(InputError("data.txt:3: Zo\u00eb \u4e2d\u6587 \U0001f600")) \
+        == "data.txt:3: Zo\u00eb \u4e2d\u6587 \U0001f600"
+
+
+def test_a_long_error_keeps_both_ends():
+    assert str(InputError("x" * errors.LONGEST)) == "x" * errors.LONGEST
+    message = str(InputError("file.txt:1: " + "x" * 10**6 + "; remove the line"))
+    assert len(message) <= errors.LONGEST
+    assert message.startswith("file.txt:1: xx") and message.endswith("xx; remove the line")
+    kept = message.count("x") - "file.txt:1: ".count("x")
+    assert f"x [{10**6 - kept} characters left out] x" in message
+
+
+def test_an_error_of_a_hostile_file_name(tmp_path):
+    name = os.fsdecode(b"no\x1b[2J\n\xff.txt")
+    said = subprocess.run([sys.executable, "-m", "format_converting_e2e", tmp_path / name, "out"],
+                          capture_output=True, cwd=SRC, timeout=60)
+    assert said.returncode == 1
+    assert b"no?[2J??.txt: no such file" in said.stderr and said.stderr.count(b"\n") == 1
+    assert said.stderr.rstrip(b"\n").decode("ascii").isprintable()
+
+
+def test_log_lines_are_printable(capsys):
+    progress.log(HOSTILE)
+    progress.log("a\tb")
+    assert capsys.readouterr().out == "a?[2J????b????\t?c\na\tb\n"
+
+
+def test_log_lines_that_the_terminal_cannot_show(monkeypatch):
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, "latin-1"))
+    progress.log("Zo\u00eb \u4e2d")
+    assert said.getvalue() == "Zo\u00eb ?\n".encode("latin-1")
+
+
+def test_names_of_bars_are_printable(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress.Progress(3, HOSTILE) as bar:
+        bar.update(3)
+    said = sys.stderr.getvalue()
+    assert "a?[2J????b??????c: " in said and "\x1b[2J" not in said and "\u2028" not in said

@@ -61,8 +61,7 @@ def copy_all(source: Path, folder: Path) -> None:
 def fetch_all(url: str, folder: Path) -> None:
     """Fetches the official files that ``folder`` lacks; raises InputError at the first failure."""
     for name, blob_id in BLOB_IDS.items():
-        if not is_there(folder / name, git_blob_id, blob_id):
-            fetch(f"{url.rstrip('/')}/{name}", folder / name, git_blob_id, blob_id, REMEDY)
+        fetch(f"{url.rstrip('/')}/{name}", folder / name, git_blob_id, blob_id, REMEDY)
         log(f"{folder / name}: verified")
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from runtime.download import TIMEOUT, USER_AGENT, fetch, is_there, sha256  # noqa: E402
+from runtime.download import TIMEOUT, USER_AGENT, fetch, sha256  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
 from runtime.progress import log  # noqa: E402
 from runtime.script import run  # noqa: E402
@@ -51,14 +51,13 @@ CHECKPOINTS = {
 def download(checkpoint: Checkpoint, folder: Path, endpoint: str = ENDPOINT) -> Path:
     """Fetches the checkpoint into ``folder`` unless it is there; returns its path.
 
-    Raises InputError as :func:`download.fetch` does, and if another file has its name.
+    Raises InputError as :func:`download.fetch` does.
     """
     path = folder / checkpoint.name
     url = (f"{endpoint.rstrip('/')}/{checkpoint.repository}/resolve/{checkpoint.revision}/"
            f"{checkpoint.file}")
     expected = checkpoint.sha256 or stated_sha256(url)
-    if not is_there(path, sha256, expected):
-        fetch(url, path, sha256, expected, REMEDY)
+    fetch(url, path, sha256, expected, REMEDY)
     return path
 
 

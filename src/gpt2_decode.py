@@ -42,7 +42,8 @@ def clean(text: str) -> str:
     A single line break becomes a blank, since in the output files each line is a record.
     """
     text = text.split(END_OF_TEXT)[0].split("\n\n")[0]
-    return re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    # Matches begin only where a run of white space does, or a long run would take quadratic time.
+    return re.sub(r"(?<!\s)\s*[\r\n]\s*", " ", text.strip())
 
 
 def post_process(text: str, tokenize: bool, lower: bool) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable
 
 from runtime.errors import InputError
-from runtime.formats import replacing
+from runtime.formats import is_stream, replacing
 
 COLUMNS = ("step", "epoch", "lr", "loss", "valid_loss", "ms_per_batch")
 FILES = ("train.log", "metrics.csv")
@@ -21,7 +21,8 @@ class RunLog:
 
     Without ``sizes`` both files begin anew. With them, as :meth:`sync` returned them to the run
     that broke off, both are cut to these sizes and continued. Raises InputError if work_dir cannot
-    be written or lacks the beginning of the files. If ``write`` is false, it does nothing.
+    be written or lacks the beginning of the files, or if one of them is a device or a pipe. If
+    ``write`` is false, it does nothing.
     """
 
     def __init__(self, work_dir: Path, say: Callable[[str], None],
@@ -33,6 +34,10 @@ class RunLog:
             return
         try:
             work_dir.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                if is_stream(work_dir / name):
+                    raise InputError(f"{work_dir / name}: not a regular file, so a run could not "
+                                     "be resumed; remove it or choose another --work_dir")
             # Unbuffered, so that an error occurs when a line is written and not when it is closed.
             self._log, self._metrics = (
                 open(work_dir / name, "wb" if sizes is None else "r+b", buffering=0)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,8 +29,10 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 class Server(ThreadingHTTPServer):
     """Serves ``files`` (path to bytes) and ``redirections`` (path to target and headers).
 
-    ``breaks`` are numbers of bytes after which the next responses break off; ``ranges`` is
-    whether the server supports ranges. ``seen`` lists the method, path and range of each request.
+    ``breaks`` are numbers of bytes after which the next responses break off; ``pauses`` are
+    numbers of bytes after which the next responses wait for ``go_on``, 20 s at most; ``ranges``
+    is whether the server supports ranges. ``seen`` lists the method, path and range of each
+    request.
     """
 
     daemon_threads = True
@@ -37,6 +40,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.redirections, self.breaks, self.ranges, self.seen = {}, {}, [], True, []
+        self.pauses, self.go_on = [], threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -55,6 +59,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(416, {})
         body = content[start:]
         self.answer(206 if start else 200, {"Content-Length": str(len(body))})
+        if self.server.pauses:
+            at = self.server.pauses.pop(0)
+            self.wfile.write(body[:at])
+            self.server.go_on.wait(20)
+            body = body[at:]
         if self.command == "GET":
             self.wfile.write(body[:self.server.breaks.pop(0)] if self.server.breaks else body)
 
@@ -188,6 +197,112 @@ def test_git_blob_id_is_that_of_git(tmp_path):
     file.write_bytes(CONTENT)
     git = subprocess.run(["git", "hash-object", file], capture_output=True, text=True, check=True)
     assert download.git_blob_id(file) == git.stdout.strip()
+
+
+# Several processes at once
+
+FETCH = """
+import sys
+from pathlib import Path
+from runtime import download, script
+url, path, expected = sys.argv[1:]
+script.run(lambda: download.fetch(url, Path(path), download.sha256, expected))
+"""
+
+
+@pytest.fixture
+def start(server, path, root):
+    """Starts processes that fetch ``path``."""
+    server.files["/file"] = CONTENT
+    processes = []
+
+    def start_one():
+        process = subprocess.Popen(
+            [sys.executable, "-c", FETCH, f"{server.url}/file", path, SHA256], text=True,
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root / "src")})
+        processes.append(process)
+        return process
+
+    yield start_one
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def until(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_one_process_transfers_and_the_others_wait(server, path, start):
+    server.pauses = [100_000]
+    processes = [start()]
+    until(lambda: server.seen)
+    processes += [start(), start()]
+    for process in processes[1:]:
+        assert process.stdout.readline() == f"{path}: another process fetches it; waiting\n"
+    server.go_on.set()
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert path.read_bytes() == CONTENT and files_in(path.parent) == ["file.bin"]
+    assert server.seen == [("GET", "/file", None)]
+
+
+def test_several_processes_at_the_same_moment(server, path, start):
+    processes = [start() for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0, 0]
+    assert path.read_bytes() == CONTENT and files_in(path.parent) == ["file.bin"]
+    assert server.seen == [("GET", "/file", None)]
+
+
+def test_a_waiting_process_resumes_what_a_killed_one_began(server, path, start):
+    server.pauses = [200_000]
+    part = path.with_name("file.bin.part")
+    first = start()
+    until(lambda: part.exists() and part.stat().st_size >= 100_000)
+    second = start()
+    assert "another process fetches it" in second.stdout.readline()
+    first.kill()
+    assert second.wait(60) == 0
+    assert path.read_bytes() == CONTENT and files_in(path.parent) == ["file.bin"]
+    span, = [span for _, _, span in server.seen[1:]]
+    assert 100_000 <= int(span[len("bytes="):-1]) <= 200_000
+
+
+def test_a_waiting_process_after_one_that_failed(server, path, start):
+    """The first gets a wrong file and removes it; the others try anew."""
+    server.files["/file"], server.pauses = CONTENT[::-1], [100_000]
+    first = start()
+    until(lambda: server.seen)
+    second = start()
+    assert "another process fetches it" in second.stdout.readline()
+    server.files["/file"] = CONTENT
+    server.go_on.set()
+    assert (first.wait(60), second.wait(60)) == (1, 0)
+    assert path.read_bytes() == CONTENT and files_in(path.parent) == ["file.bin"]
+
+
+def test_a_file_that_arrives_before_the_lock(server, path, monkeypatch):
+    """Between the look for the file and the lock, another process may bring it."""
+    def after_another(*arguments):
+        path.write_bytes(CONTENT)
+        return lock(*arguments)
+
+    lock = download.lock
+    monkeypatch.setattr(download, "lock", after_another)
+    fetch(server, path)
+    assert path.read_bytes() == CONTENT and files_in(path.parent) == ["file.bin"]
+    assert not server.seen
+
+
+def test_the_target_of_a_link_is_fetched(server, path, tmp_path):
+    server.files["/file"] = CONTENT
+    path.parent.mkdir()
+    path.symlink_to(tmp_path / "disk/large.bin")
+    fetch(server, path)
+    assert path.is_symlink() and (tmp_path / "disk/large.bin").read_bytes() == CONTENT
+    assert files_in(path.parent) == ["file.bin"] and files_in(tmp_path / "disk") == ["large.bin"]
 
 
 # E2E data

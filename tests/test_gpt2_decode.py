@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -228,6 +229,29 @@ def test_tokenize_splits_at_every_character_that_is_no_word():
         assert stage.post_process(text, tokenize=True, lower=False) == split
 
     check()
+
+
+def test_clean_joins_lines():
+    hypothesis = pytest.importorskip("hypothesis")
+    characters = "a\n\r \t\x0b\x0c\x1c\x85\xa0\u2028\u3000\u200b"
+
+    @hypothesis.settings(max_examples=1000)
+    @hypothesis.given(hypothesis.strategies.text(characters, max_size=14))
+    def check(text):
+        simple = re.sub(r"\s*[\r\n]\s*", " ", text.split("\n\n")[0].strip())
+        assert stage.clean(text) == simple
+
+    check()
+
+
+@pytest.mark.parametrize("blank", [" ", "\t\u3000"])
+@pytest.mark.parametrize("middle", ["", "\r"])
+def test_clean_takes_linear_time(blank, middle):
+    """The simple expression above takes minutes without a line break, this one milliseconds."""
+    blanks, started = blank * 10**5, time.process_time()
+    cleaned = stage.clean(f"a{blanks}{middle}{blanks}b")
+    assert cleaned == ("a b" if middle else f"a{blanks}{blanks}b")
+    assert time.process_time() - started < 5
 
 
 def test_a_full_disk_replaces_none_of_several_files(tmp_path):

@@ -303,18 +303,6 @@ def test_a_full_disk_leaves_the_old_files(train, whole, tmp_path):
     assert left(tmp_path) == whole
 
 
-def test_parts_of_dead_processes_go(tmp_path):
-    from runtime.formats import write_jsonl
-
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                          capture_output=True, text=True).stdout.strip()
-    keep = tmp_path / f".out.txt.{os.getppid()}.part"
-    for path in (tmp_path / f".model.9.pt.{dead}.part", keep, tmp_path / ".mine.part"):
-        path.write_text("half")
-    write_jsonl(tmp_path / "out.txt", [{"a": 1}])
-    assert {path.name for path in tmp_path.iterdir()} == {"out.txt", keep.name, ".mine.part"}
-
-
 @pytest.fixture
 def script(root, flags, tmp_path):
     """Starts src/gpt2_ft.py in its own process, with the real gpt2.nano."""

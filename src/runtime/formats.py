@@ -7,12 +7,17 @@ lists of token ids, a prediction file ``{"id": int, "predict": [int, ...]}``.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
-from contextlib import contextmanager
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import IO, Iterable, Iterator
+from typing import IO, Callable, Iterable, Iterator
 
 from runtime.errors import InputError
 
@@ -98,49 +103,135 @@ def write_jsonl(path: str | os.PathLike, records: Iterable[dict]) -> None:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A binary file that replaces ``path`` when the block ends without an exception.
+    """A binary file that becomes ``path`` when the block ends without an exception.
 
-    It is written in the same folder under another name, synced and renamed: a crash, a full disk
-    or an error in the block leaves the old file as it was. Parts that killed processes left in the
-    folder are removed. Raises InputError if ``path`` cannot be written.
+    Links are followed. A regular file is written in its folder under another name, synced and
+    renamed: a crash, a full disk or an error in the block leaves the old file as it was. The new
+    file has the permissions of the old one. A stream (see :func:`is_stream`) gets everything at
+    the end of the block. Parts that killed processes left in the folder are removed. Raises
+    InputError if ``path`` cannot be written, and BrokenPipeError if the reader of a pipe is gone.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_parts(path.parent)
-        try:
-            with open(beside, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-            _sync_folder(path.parent)
-        finally:
-            beside.unlink(missing_ok=True)
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file")
+        place = _follow(path)
+        with _written_through(place) if is_stream(place) else _beside(place) as file:
+            yield file
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}; free some space "
                          "or choose another folder") from None
 
 
-def _clear_parts(folder: Path) -> None:
-    """Removes the half-written files of processes that no longer exist."""
-    for part in folder.glob(".*.part"):
-        match = re.fullmatch(r"\..+\.(\d+)\.part", part.name)
-        if match and not _alive(int(match[1])):
-            part.unlink(missing_ok=True)
+def _follow(path: Path) -> Path:
+    """Where the links of ``path`` lead, also if nothing is there; OSError for a loop of links.
+
+    What processes have open (/dev/stdout, /dev/fd/63) has a link in /proc that is not followed:
+    its file would be replaced under its name, but not for the process that has it open.
+    """
+    with suppress(FileNotFoundError):
+        path.stat()  # raises the OSError
+    while True:
+        path = Path(os.path.realpath(path.parent), path.name)
+        if path.is_relative_to("/proc") or not path.is_symlink():
+            return path
+        path = path.parent / os.readlink(path)
 
 
-def _alive(process: int) -> bool:
+def is_stream(path: Path) -> bool:
+    """Whether ``path`` is a device, a pipe, a socket or in /proc, and so cannot be replaced."""
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+        place = _follow(path)
+        return place.is_relative_to("/proc") or place.exists() and not (
+            place.is_file() or place.is_dir())
+    except OSError:  # opening it will say why
         return False
-    except PermissionError:  # another user's process
-        pass
-    return True
+
+
+@contextmanager
+def _written_through(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file, copied to a stream when the block ends: a zip file's writer must seek."""
+    if path.parent == Path(os.path.realpath("/proc/self/fd")) and path.is_symlink():
+        stream = os.dup(int(path.name))  # shares its position, so that no other output is lost
+    else:
+        stream = os.open(path, os.O_WRONLY | os.O_APPEND * path.is_file())
+    with open(stream, "wb") as target, tempfile.TemporaryFile() as file:
+        yield file
+        file.seek(0)
+        shutil.copyfileobj(file, target)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that is renamed to ``path`` when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _clear_parts(path.parent)
+    old = path.stat() if path.exists() else None
+    file = _new_part(path, 0o600 if old else 0o666)  # not readable to more users than before
+    try:
+        with file:
+            yield file
+            file.flush()
+            if old:
+                _keep_access(file.fileno(), old)
+            os.fsync(file.fileno())
+            os.replace(file.name, path)  # before the lock ends, see _clear_parts
+        _sync_folder(path.parent)
+    finally:
+        Path(file.name).unlink(missing_ok=True)
+
+
+def _keep_access(file: int, old: os.stat_result) -> None:
+    """Gives an open file the permission bits, owner and group of ``old``, as far as allowed."""
+    with suppress(OSError):
+        os.fchmod(file, old.st_mode & 0o777)
+    for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
+        with suppress(OSError):
+            os.fchown(file, owner, group)
+
+
+def _new_part(path: Path, mode: int) -> IO[bytes]:
+    """A new file ``.NAME.HEX.part`` beside ``path``, locked as long as it is open."""
+    while True:
+        file = open(path.with_name(f".{path.name}.{os.urandom(4).hex()}.part"), "xb",
+                    opener=partial(os.open, mode=mode))
+        if lock(file):
+            return file
+        file.close()  # it was removed before it was locked
+
+
+def _clear_parts(folder: Path) -> None:
+    """Removes half-written files that no process has locked, on this machine or another."""
+    for part in folder.glob(".*.part"):
+        if re.fullmatch(r"(?s)\..+\.([0-9a-f]{8}|\d+)\.part", part.name):
+            # Opened for writing, as NFS demands for an exclusive lock. Locks may be unsupported.
+            with suppress(OSError), open(part, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                part.unlink()
+
+
+def lock(file: IO[bytes], before_waiting: Callable[[], None] = lambda: None) -> bool:
+    """Locks an open file against other processes; returns whether its name still refers to it.
+
+    Waits for another process that has the lock, and calls ``before_waiting`` first. The lock ends
+    when the file is closed, at the latest with the process. On a file system without locks there
+    is no lock. Raises OSError if locking fails.
+    """
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            before_waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,14 +9,20 @@ from typing import Iterable, Iterator, Sized, TypeVar
 from tqdm import tqdm
 
 from runtime import processes
+from runtime.errors import one_line
 
 Item = TypeVar("Item")
 
 
 def log(message: str) -> None:
-    """Prints one line on stdout, above a progress bar if there is one; only process 0 does."""
+    """Prints one line on stdout, above a progress bar if there is one; only process 0 does.
+
+    Tabs stay; other unprintable characters, see errors.one_line, and those that the encoding of
+    stdout lacks become '?'.
+    """
     if processes.rank() == 0:
-        tqdm.write(message)
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(one_line(message, keep="\t").encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
 
 
@@ -28,13 +34,13 @@ class Progress:
 
     def __init__(self, total: int, desc: str, unit: str = "it", initial: int = 0,
                  period: float = 30.0):
-        self.total, self.desc, self.unit, self.period = total, desc, unit, period
+        self.total, self.desc, self.unit, self.period = total, one_line(desc), unit, period
         self.done, self.note = initial, ""
         self.first: int | None = None
         self.started = self.logged = time.monotonic()
         self.bar = None
         if sys.stderr.isatty() and processes.rank() == 0:
-            self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial,
+            self.bar = tqdm(total=total, desc=self.desc, unit=unit, initial=initial,
                             dynamic_ncols=True, file=sys.stderr)
 
     def __enter__(self) -> Progress:

@@ -98,7 +98,8 @@ def main() -> None:
             experiment(args, folder, base, seed, "float64")
         results = report.collect(folder, args.seeds, args.batch_sizes)
     table = report.write(args.results / args.name, folder, results, broken, args.strict)
-    log(table.read_text(encoding="utf-8"))
+    for line in table.read_text(encoding="utf-8").splitlines():
+        log(line)
     if args.results.resolve() == RESULTS:
         summary.publish(ROOT)
     if broken:

@@ -98,5 +98,6 @@ def write(name: str, results: dict, lines: list[str], picture: bytes | None = No
     for ending, content in files.items():
         with replacing(RESULTS / f"{name}.{ending}") as file:
             file.write(content)
-    log(text)
+    for line in lines:
+        log(line)
     log(f"saved {RESULTS / name}.{{{','.join(files)}}}")

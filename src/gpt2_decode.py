@@ -22,7 +22,7 @@ from typing import Hashable
 from encoder import END_OF_TEXT, Encoder, get_encoder
 from runtime.errors import InputError
 from runtime.flags import ArgumentParser, at_least
-from runtime.formats import read_jsonl, read_lines, replacing
+from runtime.formats import is_stream, read_jsonl, read_lines, replacing
 from runtime.progress import log
 from runtime.script import run
 
@@ -129,8 +129,8 @@ def reference_files(target: str, ref_type: str, ref_num: int,
 
 def write_together(files: dict[Path, list[str]]) -> None:
     """Writes several files of lines; no file is replaced before all are written."""
-    with ExitStack() as stack:
-        for path, lines in files.items():
+    with ExitStack() as stack:  # ends in reverse order: first streams are written, which may fail
+        for path, lines in sorted(files.items(), key=lambda item: is_stream(item[0])):
             file = stack.enter_context(replacing(path))
             file.writelines(f"{line}\n".encode("utf-8") for line in lines)
             file.flush()  # so that a full disk is noticed before the first file is replaced
@@ -184,7 +184,7 @@ def main() -> None:
     references = [[finish(text) for text in group.references] for group in groups.values()]
     files = reference_files(args.output_ref_file, args.ref_type, args.ref_num, references)
     pred_file = Path(args.output_pred_file)
-    if pred_file.resolve() in {path.resolve() for path in files}:
+    if os.path.realpath(pred_file) in {os.path.realpath(path) for path in files}:
         raise InputError(f"{pred_file}: named for the predictions and for references; give "
                          "--output_pred_file another name")
     write_together({**files, pred_file: predictions})

@@ -25,6 +25,7 @@ from typing import Callable, NoReturn
 
 from runtime import compiling, processes
 from runtime.errors import InputError
+from runtime.formats import lock
 from runtime.progress import log
 
 ONEDNN_WHEELS = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
@@ -153,9 +154,9 @@ def _import_jittor(on_cuda: bool):
 
     jittor_utils.DelayProgress = compiling.CoreProgress
     jittor_utils.pool_initializer = partial(_ignore_interrupts, jittor_utils.pool_initializer)
-    lock = jittor_utils.lock.jittor_lock
-    compiling.acquire(lock.handle)
-    lock.is_locked = True
+    jittor_lock = jittor_utils.lock.jittor_lock
+    lock(jittor_lock.handle, before_waiting=lambda: log(compiling.WAITING))
+    jittor_lock.is_locked = True
     cache = Path(jittor_utils.cache_path)
     compiling.discard_unfinished(cache)
     if not any(cache.glob("*/jittor_core*.so" if on_cuda else "jittor_core*.so")):
@@ -186,7 +187,7 @@ def _import_jittor(on_cuda: bool):
         jittor_utils.pool_cleanup()
         jittor_utils.pool_size = 0
         atexit.unregister(jittor_utils.pool_cleanup)
-    lock.unlock()
+    jittor_lock.unlock()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])

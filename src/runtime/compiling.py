@@ -9,7 +9,6 @@ a line if this process waits for another one that compiles, and if this process 
 """
 
 import atexit
-import fcntl
 import os
 import re
 import subprocess
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Callable, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, for `runtime`
@@ -56,15 +55,6 @@ class CoreProgress:
             self.bar.update()
             if index == self.total - 1:
                 self.bar.close()
-
-
-def acquire(lock: IO) -> None:
-    """Takes Jittor's lock for the time of its import; prints a line if another process has it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log(WAITING)
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def discard_unfinished(cache: Path) -> None:

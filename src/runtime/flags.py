@@ -10,7 +10,7 @@ import sys
 from decimal import Decimal
 from typing import Any, Callable, TypeVar
 
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.formats import read_lines
 
 Number = TypeVar("Number", int, float, Decimal)
@@ -104,3 +104,6 @@ class ArgumentParser(argparse.ArgumentParser):
             for name, value in read_flags(word[1:], self.section).items():
                 words += [f"--{name}"] if value is None else [f"--{name}", value]
         return super().parse_args(words, namespace)
+
+    def error(self, message):
+        super().error(one_line(message))  # it may hold words of a file

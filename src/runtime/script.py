@@ -12,7 +12,7 @@ from contextlib import nullcontext, redirect_stderr
 from typing import Callable, NoReturn
 
 from runtime import compiling, processes
-from runtime.errors import InputError, Interrupted
+from runtime.errors import InputError, Interrupted, one_line
 
 GRACE = 2.0  # seconds that processes other than 0 wait before they report an error
 
@@ -37,8 +37,8 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         _end(141)
     except OSError as error:  # of standard output, or one that no module has described better
-        _end(1, f"error: {error.filename or 'standard output'}: {error.strerror or error}; check "
-                "free space and permissions")
+        _end(1, one_line(f"error: {error.filename or 'standard output'}: "
+                         f"{error.strerror or error}; check free space and permissions"))
     except SystemExit:  # --help, or a flag that is wrong in every process
         if processes.rank():
             time.sleep(GRACE)

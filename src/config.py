@@ -14,6 +14,12 @@ class GPT2Config:
     n_positions: int = 1024
     layer_norm_epsilon: float = 1e-5
 
+    @property
+    def weights(self) -> int:
+        """The number of weights, without LoRA's."""
+        C = self.n_embd
+        return (self.vocab_size + self.n_positions + 2) * C + self.n_layer * (12 * C + 13) * C
+
 
 MODEL_CARDS = {
     "gpt2.nano": GPT2Config(n_layer=4, n_embd=128, n_head=4),  # ours, for runs without downloads

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from config import MODEL_CARDS, LoRAConfig
-from runtime import backend, processes
+from runtime import backend, memory, processes
 from runtime.download import sha256
 from runtime.errors import Interrupted
 from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, at_least, between
@@ -142,6 +142,11 @@ def main() -> None:
     if processes.total_number(state.finished and processes.rank() == 0):
         log(f"finished before, nothing to do: {output}; --resume no searches anew")
         return
+    rows = min(args.batch_size, len(distinct)) * args.beam
+    # the weights, keys and values of what is generated, logits
+    memory.require(4 * (card.weights + rows * (2 * card.n_layer * card.n_embd * args.eval_len
+                                               + card.vocab_size)),
+                   "take a smaller --batch_size, --beam or --model_card")
     generator = make_generator(args)
     started = time.perf_counter()
     lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")

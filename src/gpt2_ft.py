@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from config import MODEL_CARDS, LoRAConfig
-from runtime import backend, processes
+from runtime import backend, memory, processes
 from runtime.download import sha256
 from runtime.errors import InputError
 from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, at_least, seed, share
@@ -197,6 +197,17 @@ def read_data(args: argparse.Namespace):
     return sets
 
 
+def require_memory(args: argparse.Namespace, data) -> None:
+    """Raises InputError if there is too little memory for the weights and the largest batch."""
+    card = MODEL_CARDS[args.model_card]
+    lengths = sorted(min(len(context + completion), args.seq_len)
+                     for context, completion in data.samples)[-args.train_batch_size:]
+    activations = 16 * card.n_layer * card.n_embd * sum(lengths)
+    # of a full training also the gradients and AdamW's two means
+    numbers = card.weights * (1 if args.lora_dim else 4) + activations
+    memory.require(4 * numbers, "take a smaller --train_batch_size, --seq_len or --model_card")
+
+
 def make_trainer(args: argparse.Namespace, max_step: int):
     """The model with its weights, optimizer and schedule; logs how many weights train."""
     import jittor as jt
@@ -246,6 +257,7 @@ def main() -> None:
         keep_last=args.keep_last, settings=settings)
     if is_finished(args, settings):
         return
+    require_memory(args, train_data)
     trainer = make_trainer(args, max_step)
     lock = exclusive(args.work_dir / ".training", "another --work_dir")
     with lock if processes.rank() == 0 else nullcontext():

@@ -9,9 +9,9 @@ instant.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import importlib.metadata
+import multiprocessing
 import os
 import re
 import shutil
@@ -21,16 +21,16 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import NoReturn
 
-from runtime import compiling, processes
+from runtime import compiling, memory, processes
 from runtime.errors import InputError
-from runtime.formats import lock
 from runtime.progress import log
 
 ONEDNN_WHEELS = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
 # The folder in which Jittor 1.3.11 looks for the oneDNN it would otherwise download.
 ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
+START_MEMORY = 300 << 20  # bytes that Jittor's import needs at least; with less, it can hang
 SUPPORTED_CUDA = (11, 0), (13, 0)  # from, below: the toolkits whose headers Jittor 1.3.11 compiles
 
 
@@ -45,10 +45,11 @@ def start(device: str = "auto", seed: int | None = None) -> str:
     if device == "cuda" and nvcc is None:
         raise InputError(f"--device cuda: {obstacle}; use --device cpu, or repair that")
     _prepare_environment(nvcc)
-    first = "jittor" not in sys.modules
-    jt = _import_jittor(on_cuda=nvcc is not None)
-    if first:
+    if "jittor" not in sys.modules:
+        memory.require(START_MEMORY, "free some, or raise the limit (ulimit -v)")
         compiling.watch()
+    jt = _import_jittor(on_cuda=nvcc is not None)
+    processes.check_world()
     # Code compiled with -Ofast flushes subnormal numbers to zero, about which NumPy warns.
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
     jt.flags.use_cuda = int(nvcc is not None)
@@ -85,10 +86,24 @@ def find_cuda() -> tuple[str | None, str]:
 
 
 def _prepare_environment(nvcc: str | None) -> None:
+    try:
+        multiprocessing.Lock()  # as those of Jittor's compiler processes
+    except OSError as error:
+        raise InputError(f"/dev/shm: {error.strerror}; Jittor's compiler processes need it: make "
+                         "room there, or mount it writable") from None
     # Even jittor_utils, which locates the cache, runs the compiler to learn its version.
-    if not shutil.which(os.environ.get("cc_path", "g++")):
-        raise InputError("g++ not found, Jittor compiles its operators with it; "
+    compiler = os.environ.get("cc_path", "g++")
+    if not shutil.which(compiler):
+        raise InputError(f"{compiler} not found, Jittor compiles its operators with it; "
                          "apt-get install g++")
+    if subprocess.run([compiler, "--version"], capture_output=True).returncode:
+        raise InputError(f"{compiler} --version fails, Jittor compiles its operators with it; "
+                         "set cc_path to another compiler, or repair it")
+    # With more threads than an operating system allows, OpenMP ends the process.
+    most, threads = 16 * (os.cpu_count() or 1), os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and int(threads) > most:
+        raise InputError(f"OMP_NUM_THREADS={threads}: more than 16 threads for each of the "
+                         f"{os.cpu_count()} cores; set a smaller number")
     # An empty nvcc_path gives a CPU build even if an nvcc is installed on a machine without a GPU.
     os.environ["nvcc_path"] = nvcc or ""
     # Jittor looks for pythonX.Y-config beside sys.executable; a virtual environment has none there.
@@ -152,11 +167,9 @@ def _provide_onednn() -> bool:
 def _import_jittor(on_cuda: bool):
     import jittor_utils
 
-    jittor_utils.DelayProgress = compiling.CoreProgress
-    jittor_utils.pool_initializer = partial(_ignore_interrupts, jittor_utils.pool_initializer)
+    compiling.take_over()
     jittor_lock = jittor_utils.lock.jittor_lock
-    lock(jittor_lock.handle, before_waiting=lambda: log(compiling.WAITING))
-    jittor_lock.is_locked = True
+    jittor_lock.lock()
     cache = Path(jittor_utils.cache_path)
     compiling.discard_unfinished(cache)
     if not any(cache.glob("*/jittor_core*.so" if on_cuda else "jittor_core*.so")):
@@ -174,19 +187,17 @@ def _import_jittor(on_cuda: bool):
     try:
         import jittor
     except SystemExit:  # Jittor rebuilt its loader (another compiler or Python): start again
+        compiling.unwatch()
         os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
     except Exception as error:  # a failed build raises exceptions of any type
         if interrupts:
             raise KeyboardInterrupt from None
+        if memory.ran_out(error):
+            raise MemoryError from None
         reason = (str(error).strip().splitlines() or ["unknown"])[-1]
         raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
                          "errors in docs/running.md") from None
-    if jittor_utils.pool_size:
-        # A terminal would send Ctrl-C to Jittor's pool of compilers, too; a worker that dies with
-        # the lock of their queue makes the clean-up at exit wait for ever.
-        jittor_utils.pool_cleanup()
-        jittor_utils.pool_size = 0
-        atexit.unregister(jittor_utils.pool_cleanup)
+    compiling.end_pool()
     jittor_lock.unlock()
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -199,16 +210,6 @@ def _import_jittor(on_cuda: bool):
 def _interrupt(interrupts: list[int], number: int, _frame) -> NoReturn:
     interrupts.append(number)
     raise KeyboardInterrupt
-
-
-def _ignore_interrupts(initializer: Callable[[], None]) -> None:
-    """Begins a process of Jittor's pool of compilers, which Jittor itself ends.
-
-    A terminal sends Ctrl-C to them, too: one that dies with the lock of their queue makes the end
-    of this process hang.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    initializer()
 
 
 if "jittor" in sys.modules:

@@ -9,12 +9,16 @@ a line if this process waits for another one that compiles, and if this process 
 """
 
 import atexit
+import ctypes
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
-import threading
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Callable, Optional, Tuple
 
@@ -57,6 +61,38 @@ class CoreProgress:
                 self.bar.close()
 
 
+def take_over() -> None:
+    """Replaces Jittor's display of progress and the beginning of its compiler processes."""
+    import jittor_utils
+
+    jittor_utils.DelayProgress = CoreProgress
+    jittor_utils.pool_initializer = partial(_begin_compiler, jittor_utils.pool_initializer)
+
+
+def _begin_compiler(initializer: Callable[[], None]) -> None:
+    # A terminal sends Ctrl-C to these processes, too: one that ends with the lock of their queue
+    # makes the end of the pool wait for ever. They end with the main process, whose lock they hold.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    with suppress(Exception):  # Python would start another process in its place, without end
+        initializer()
+
+
+def import_failed() -> bool:
+    """Whether Jittor's import ended in the middle: what it runs at exit can then wait for ever."""
+    return "jittor_utils" in sys.modules and "jittor" not in sys.modules
+
+
+def end_pool() -> None:
+    """Ends Jittor's compiler processes, which otherwise stay until the main process ends."""
+    import jittor_utils
+
+    if jittor_utils.pool_size:
+        atexit.unregister(jittor_utils.pool_cleanup)
+        jittor_utils.pool_cleanup()
+        jittor_utils.pool_size = 0
+
+
 def discard_unfinished(cache: Path) -> None:
     """Makes Jittor compile again what a process that was killed meanwhile left half written.
 
@@ -88,21 +124,24 @@ def unwatch() -> None:
     global _watched
     if _watched is not None:
         stderr, writer = _watched
-        os.write(writer, END)
+        with suppress(BrokenPipeError):  # the relay could not be started
+            os.write(writer, END)
         os.close(writer)
         os.dup2(stderr, 2)
         _watched = None
 
 
-def relay(source: int, write: Callable[[bytes], object]) -> bool:
+def relay(source: int, write: Callable[[bytes], object],
+          idle: Callable[[], object] = lambda: None) -> bool:
     """Passes on what can be read from ``source`` until all its writers have closed it.
 
     Jittor's reports are shown as progress instead, and the empty lines that it writes before the
     first and after the last of them are dropped. Returns whether END was there; it is dropped, too.
+    Calls ``idle`` every two seconds in which nothing can be read.
     """
     ended = False
     bar, before, kept, rest = None, b"\n", b"", b""  # kept: empty lines, the last may be Jittor's
-    while chunk := os.read(source, 1 << 16):
+    while chunk := _read(source, idle):
         *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)
         for line in lines:
             if line.endswith(END):
@@ -127,20 +166,27 @@ def relay(source: int, write: Callable[[bytes], object]) -> bool:
     return ended
 
 
-def report_waiting(process: int) -> None:
-    """Prints a line whenever ``process`` begins to wait for a file lock; never returns."""
-    blocked = re.compile(rf"-> \w+ +ADVISORY +WRITE +{process} ")
-    before = False
-    while True:
-        waits = bool(blocked.search(Path("/proc/locks").read_text()))
-        if waits and not before:
+def _read(source: int, idle: Callable[[], object]) -> bytes:
+    while not select.select([source], [], [], 2)[0]:
+        idle()
+    return os.read(source, 1 << 16)
+
+
+class WaitingReport:
+    """Called now and then, prints a line whenever a process has begun to wait for a file lock."""
+
+    def __init__(self, process: int):
+        self._blocked, self._before = f"-> \\w+ +ADVISORY +WRITE +{process} ", False
+
+    def __call__(self) -> None:
+        waits = bool(re.search(self._blocked, Path("/proc/locks").read_text()))
+        if waits and not self._before:
             log(WAITING)
-        before = waits
-        time.sleep(2)
+        self._before = waits
 
 
 if __name__ == "__main__":
-    threading.Thread(target=report_waiting, args=[os.getppid()], daemon=True).start()
-    if not relay(0, lambda line: os.write(2, line)) and processes.first_to_report():
+    ended = relay(0, lambda line: os.write(2, line), WaitingReport(os.getppid()))
+    if not ended and processes.first_to_report():
         print(f"error: process {processes.rank()} of {processes.world_size()} {CRASH}",
               file=sys.stderr)

@@ -18,24 +18,40 @@ if TYPE_CHECKING:  # scripts without arrays start faster without it
     import numpy as np
 
 
+def _of_mpirun(name: str, default: int) -> int:
+    value = os.environ.get(f"OMPI_COMM_WORLD_{name}", "")
+    return int(value) if value.isdecimal() else default
+
+
 def started_by_mpirun() -> bool:
     """Whether Open MPI started this process, even if it is the only one."""
-    return "OMPI_COMM_WORLD_SIZE" in os.environ
+    return _of_mpirun("SIZE", 0) > 0
 
 
 def world_size() -> int:
     """The number of processes."""
-    return int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1))
+    return _of_mpirun("SIZE", 1)
 
 
 def local_size() -> int:
     """The number of processes on this machine."""
-    return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1))
+    return _of_mpirun("LOCAL_SIZE", 1)
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("OMPI_COMM_WORLD_RANK", 0))
+    return _of_mpirun("RANK", 0)
+
+
+def check_world() -> None:
+    """Raises InputError if Open MPI's variables are left from another program than mpirun."""
+    if started_by_mpirun():
+        import jittor as jt
+
+        mpi = jt.compile_extern.mpi
+        if (mpi.world_size(), mpi.world_rank()) != (world_size(), rank()):
+            raise InputError("OMPI_COMM_WORLD_SIZE is set, but mpirun did not start this process; "
+                             "unset the variables whose names begin with OMPI_")
 
 
 def first_to_report() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -11,9 +12,10 @@ import traceback
 from contextlib import nullcontext, redirect_stderr
 from typing import Callable, NoReturn
 
-from runtime import compiling, processes
+from runtime import compiling, memory, processes
 from runtime.errors import InputError, Interrupted, one_line
 
+OUT_OF_MEMORY = "error: out of memory; take smaller batches or a smaller model"
 GRACE = 2.0  # seconds that processes other than 0 wait before they report an error
 
 
@@ -23,6 +25,7 @@ def run(main: Callable[[], None]) -> None:
     1: an InputError, or not enough memory; 130: stopped by Ctrl-C; 141: the reader of its output
     is gone, e.g. ``| head``. If one of several processes fails, all of them end.
     """
+    _open_standard_streams()
     try:
         # Process 0 reports what all processes would; theirs is kept back.
         with redirect_stderr(io.StringIO()) if processes.rank() else nullcontext():
@@ -31,23 +34,36 @@ def run(main: Callable[[], None]) -> None:
     except InputError as error:
         _end(1, f"error: {error}")
     except MemoryError:
-        _end(1, "error: out of memory; take smaller batches or a smaller model")
+        _end(1, OUT_OF_MEMORY)
     except KeyboardInterrupt as interrupt:
         _end(130, str(interrupt) or "interrupted")
     except BrokenPipeError:
         _end(141)
     except OSError as error:  # of standard output, or one that no module has described better
-        _end(1, one_line(f"error: {error.filename or 'standard output'}: "
-                         f"{error.strerror or error}; check free space and permissions"))
+        _end(1, OUT_OF_MEMORY if error.errno == errno.ENOMEM else one_line(
+            f"error: {error.filename or 'standard output'}: {error.strerror or error}; check free "
+            "space and permissions"))
     except SystemExit:  # --help, or a flag that is wrong in every process
         if processes.rank():
             time.sleep(GRACE)
         raise
-    except BaseException:
+    except BaseException as error:
+        if memory.ran_out(error):
+            _end(1, OUT_OF_MEMORY)
         if processes.world_size() == 1:
             raise
         # At exit, MPI would wait for the other processes, which wait for this one.
         _end(1, traceback.format_exc())
+
+
+def _open_standard_streams() -> None:
+    """Opens /dev/null for what the caller has closed, or the next file would take its place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, open(number, mode))
 
 
 def _end(code: int, message: str = "") -> NoReturn:
@@ -61,7 +77,7 @@ def _end(code: int, message: str = "") -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print(message, file=sys.stderr)
-    if processes.world_size() > 1:
+    if processes.world_size() > 1 or compiling.import_failed():
         sys.stderr.flush()
         compiling.unwatch()
         os._exit(code)  # mpirun then ends the others

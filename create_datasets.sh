@@ -15,6 +15,7 @@ for name in train test valid; do
 done
 
 source ./setup.sh
+setup_lock "$path" data "wait until it ends, or set DATA_DIR to another folder"
 python vocab/download_vocab.py vocab
 
 create() {  # NAME

@@ -5,6 +5,10 @@
 # It uses the virtual or conda environment that is active, else it makes .venv beside this file. If
 # the compiler, Java, or (with NPROC above 1) Open MPI is missing, root installs it through apt-get;
 # for other users, an error message names it.
+#
+# A set-up may be killed at any moment: the file .begun-WORK exists in the environment while WORK
+# (venv, apt, or the name of a requirement file) is being done. If the next start finds it, that
+# work is done again.
 
 set -euo pipefail
 
@@ -15,6 +19,42 @@ setup_java_tried="17 21"
 
 setup_say() { echo "setup: $*" >&2; }
 setup_fail() { echo "error: $*" >&2; exit 1; }
+
+# Locks FOLDER for NAME. The lock belongs to the open file, which every program started later
+# inherits: it ends with the last of them, even if all are killed. If another run has it, this
+# script ends with REMEDY, or waits if REMEDY is "wait".
+setup_lock() {  # FOLDER NAME REMEDY
+    local file="$1/.$2.lock" process="" host="" status=0
+    { mkdir -p "$1" && exec {setup_descriptor}<> "$file"; } 2> /dev/null ||
+        setup_fail "$1: cannot be written; check its permissions or choose another folder"
+    flock -n "$setup_descriptor" 2> /dev/null || status=$?
+    if (( status == 1 )); then
+        read -r process host < "$file" || true
+        if [[ "$3" == wait ]]; then
+            setup_say "waiting for process $process on $host, which uses $1 ..."
+            flock "$setup_descriptor"
+        # If the script was killed, its programs may need some seconds to save their state and end.
+        elif [[ -e "/proc/$process/exe" ]] || ! flock -w 10 "$setup_descriptor"; then
+            setup_fail "$1: in use by process $process on $host or a program that it started; $3"
+        fi
+    elif (( status )); then
+        setup_say "warning: $1 cannot be locked (no flock, or not on this file system);" \
+            "do not start another run in it"
+    fi
+    echo "$$ $(< /proc/sys/kernel/hostname)" >&"$setup_descriptor"
+}
+
+setup_environment_lock=""
+setup_lock_environment() {
+    [[ -z "$setup_environment_lock" ]] || return 0
+    setup_lock "$setup_environment" setup wait
+    setup_environment_lock="$setup_descriptor"
+}
+
+setup_unlock_environment() {
+    [[ -z "$setup_environment_lock" ]] || exec {setup_environment_lock}>&-
+    setup_environment_lock=""
+}
 
 # The folder of the environment to use: the active one, or our own, which may not exist yet.
 # Conda's `base` is not used, because conda itself runs in it and fails with other versions.
@@ -66,20 +106,25 @@ setup_find_python() {
 }
 
 setup_install_system_packages() {  # DEBIAN_PACKAGE...
-    local log
+    local log begun="$setup_environment/.begun-apt"
+    local -x DEBIAN_FRONTEND=noninteractive
     if [[ "$(id -u)" != 0 ]] || ! command -v apt-get > /dev/null; then
         setup_fail "missing on this machine: $*; install them (on Debian or Ubuntu:" \
             "sudo apt-get install $*), then run this again"
     fi
+    setup_lock_environment
     setup_say "installing $* through apt-get (about a minute) ..."
     log="$(mktemp)"
-    if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y \
-            --no-install-recommends "$@"; } < /dev/null > "$log" 2>&1; then
+    echo "$*" > "$begun"
+    # After a dpkg that was killed, apt-get does nothing until dpkg has completed its work.
+    if ! { dpkg --configure -a; apt-get update && apt-get install -y --no-install-recommends "$@"
+            } < /dev/null > "$log" 2>&1; then
+        rm -f "$begun"
         tail -n 20 "$log" >&2
         setup_fail "apt-get could not install $* (see above, all of it in $log);" \
             "install them, then run this again"
     fi
-    rm -f "$log"
+    rm -f "$log" "$begun"
 }
 
 # Warns of each version with which this project has not been tried.
@@ -97,38 +142,107 @@ setup_warn_of_untried() {
             "(tried: $setup_java_tried)"
 }
 
-# Installs FILE's packages unless the stamp in the environment shows that this was done already.
-# The INCLUDED files are those that FILE includes.
-setup_install_packages() {  # TIME FILE [INCLUDED...]
-    local took="$1" file="$2" stamp hash log
-    shift
-    stamp="$setup_environment/.installed-$file"
-    hash="$(cd "$setup_root" && cat -- "$@" | sha256sum)"
-    if [[ -f "$stamp" && "$(< "$stamp")" == "$hash" ]]; then
-        return
+# Of the packages that pip was installing when it was killed, some files may be missing or cut off,
+# and pip takes them for installed. This removes what pip knows of each such package, so that pip
+# installs it again, and prints its name.
+setup_forget_damaged_packages() {  # FILE_THAT_IS_OLDER_THAN_THEM
+    python - "$1" <<'END'
+import csv, shutil, sys, sysconfig
+from pathlib import Path
+
+def is_whole(info):
+    """Whether RECORD's files have their sizes; pip writes INSTALLER last, *.pyc in other sizes."""
+    try:
+        rows = csv.reader((info / "RECORD").read_text(encoding="utf-8").splitlines())
+        return (info / "INSTALLER").is_file() and all(
+            Path(info.parent, name).stat().st_size == int(size)
+            for name, _, size in rows if size and not name.endswith(".pyc"))
+    except (OSError, ValueError):
+        return False
+
+began = Path(sys.argv[1]).stat().st_mtime
+for site in {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}:
+    for info in site.glob("*.dist-info"):
+        if info.stat().st_mtime >= began and not is_whole(info):
+            print(info.stem)
+            shutil.rmtree(info)
+    if not any(site.glob("pip-*-info")):  # then setup_run_pip installs it
+        shutil.rmtree(site / "pip", ignore_errors=True)
+END
+}
+
+# Whether FILE's packages are installed, as the stamp in the environment shows.
+setup_is_stamped() {  # FILE HASH
+    local stamp="$setup_environment/.installed-$1"
+    [[ ! -e "$setup_environment/.begun-$1" && -f "$stamp" && "$(< "$stamp")" == "$2" ]]
+}
+
+setup_run_pip() {  # TIME FILE
+    local log="$setup_environment/install.log" begun="$setup_environment/.begun-$2" damaged
+    setup_say "installing the packages of $2 into $setup_environment ($1) ..."
+    if [[ -e "$begun" ]]; then
+        damaged="$(setup_forget_damaged_packages "$begun")"
+        [[ -z "$damaged" ]] || setup_say "the last set-up broke off; again: ${damaged//$'\n'/, }"
+    else
+        : > "$begun"
     fi
-    setup_say "installing the packages of $file into $setup_environment ($took) ..."
-    log="$setup_environment/install.log"
     if ! { python -m pip --version || python -m ensurepip; } > "$log" 2>&1 ||
             ! python -m pip install --disable-pip-version-check \
-                -r "$setup_root/$file" < /dev/null >> "$log" 2>&1; then
+                -r "$setup_root/$2" < /dev/null >> "$log" 2>&1; then
         sed '/^WARNING/d' "$log" | tail -n 20 >&2
-        setup_fail "pip could not install $file (see above, all of it in $log);" \
+        setup_fail "pip could not install $2 (see above, all of it in $log);" \
             "check the network or pip's index, then run this again"
     fi
-    echo "$hash" > "$stamp"
+}
+
+# Installs FILE's packages unless that was done already. The INCLUDED files are those that FILE
+# includes.
+setup_install_packages() {  # TIME FILE [INCLUDED...]
+    local took="$1" file="$2" hash
+    shift
+    hash="$(cd "$setup_root" && cat -- "$@" | sha256sum)"
+    if ! setup_is_stamped "$file" "$hash"; then
+        setup_lock_environment
+        if ! setup_is_stamped "$file" "$hash"; then  # another process may have done it
+            setup_run_pip "$took" "$file"
+            echo "$hash" > "$setup_environment/.installed-$file"
+            rm -f "$setup_environment/.begun-$file"
+        fi
+    fi
+    setup_unlock_environment
+}
+
+setup_is_made() {
+    [[ ! -e "$setup_environment/.begun-venv" ]] && "$setup_environment/bin/python" -c "" 2> /dev/null
+}
+
+setup_make_environment() {  # PYTHON
+    [[ "$setup_environment" == "$setup_root/.venv" ]] ||
+        setup_fail "$setup_environment/bin/python does not run; repair or deactivate it"
+    setup_lock_environment
+    ! setup_is_made || return 0  # another process may have made it
+    setup_say "making $setup_environment with $1 ..."
+    : > "$setup_environment/.begun-venv"
+    rm -rf "${setup_environment:?}"/* "$setup_environment"/.installed-*  # --clear removes the lock
+    "$1" -m venv "$setup_environment" ||
+        setup_fail "$1 -m venv $setup_environment failed (see above)"
+    rm "$setup_environment/.begun-venv"
 }
 
 setup_main() {
     local python base="" version part need=()
     setup_environment="$(setup_choose_environment)"
     python="$setup_environment/bin/python"
+    if [[ -s "$setup_environment/.begun-apt" ]]; then
+        read -ra need < "$setup_environment/.begun-apt" || true
+    fi
     command -v g++ > /dev/null || need+=(g++)
     command -v java > /dev/null || need+=(default-jre-headless)
-    if (( ${NPROC:-1} > 1 )) && ! { command -v mpirun && command -v mpicc; } > /dev/null; then
+    if [[ "${NPROC:-1}" =~ ^([2-9]|[1-9][0-9]+)$ ]] &&
+            ! { command -v mpirun && command -v mpicc; } > /dev/null; then
         need+=(openmpi-bin libopenmpi-dev)
     fi
-    if ! "$python" -c "" 2> /dev/null; then  # not made yet, or its Python was removed
+    if ! setup_is_made; then  # or its Python was removed
         base="$(setup_find_python)"
         [[ -n "$base" ]] || need+=(python3 python3-dev python3-venv)
     elif [[ ! -f "$setup_environment/.installed-requirement.txt" ]]; then
@@ -143,12 +257,7 @@ setup_main() {
     if (( ${#need[@]} )); then
         setup_install_system_packages "${need[@]}"
     fi
-    if ! "$python" -c "" 2> /dev/null; then
-        base="${base:-$(setup_find_python)}"
-        setup_say "making $setup_environment with $base ..."
-        "$base" -m venv --clear "$setup_environment" ||
-            setup_fail "$base -m venv $setup_environment failed (see above)"
-    fi
+    setup_is_made || setup_make_environment "${base:-$(setup_find_python)}"
     export PATH="$setup_environment/bin:$PATH"
     [[ -f "$setup_environment/.installed-requirement.txt" ]] || setup_warn_of_untried
     setup_install_packages "about a minute" requirement.txt

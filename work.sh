@@ -6,10 +6,15 @@
 #
 # The flags are in data/e2e.ini and data/demo/. Variables override them, e.g. MODEL_CARD=gpt2.md EPOCHS=1
 # bash work.sh; docs/reference.md has all variables. A training run that was interrupted is
-# resumed; RESUME=no starts a new one.
+# resumed; RESUME=no starts a new one. Only one run at a time can use a work dir.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+fail() {  # EXIT_CODE MESSAGE
+    echo "error: $2" >&2
+    exit "$1"
+}
 
 experiment="${1:-e2e}"
 flags=(@data/e2e.ini)  # the variables below override these
@@ -25,15 +30,32 @@ demo)
     DATA="${DATA:-./data/demo/work}"
     WORK_DIR="${WORK_DIR:-./trained_models/demo}"
     ;;
-*)
+*) experiment="" ;;
+esac
+if [[ -z "$experiment" ]] || (( $# > 1 )); then
     echo "usage: bash work.sh [e2e|demo]" >&2
     exit 2
-    ;;
-esac
+fi
 DEVICE="${DEVICE:-auto}"  # auto, cpu or cuda
 RESUME="${RESUME:-auto}"  # auto, yes (an error if the settings differ) or no
 export NPROC="${NPROC:-1}"  # processes for training and beam search, see setup.sh
 MPI_FLAGS="${MPI_FLAGS:-}"  # further flags of mpirun, e.g. --hostfile FILE
+
+# Now, because a wrong value would otherwise be found only after minutes or hours.
+check() {  # PATTERN DESCRIPTION VARIABLE...
+    local variable
+    for variable in "${@:3}"; do
+        [[ "${!variable:-}" =~ ^($1)?$ ]] || fail 2 "$variable=${!variable}: must be $2"
+    done
+}
+check 'auto|cpu|cuda' "auto, cpu or cuda" DEVICE
+check 'auto|yes|no' "auto, yes or no (see --resume of src/gpt2_ft.py)" RESUME
+check 'gpt2\.(nano|sm|md|lg)' "gpt2.nano, gpt2.sm, gpt2.md or gpt2.lg" MODEL_CARD
+check '[1-9][0-9]{0,8}' "a whole number from 1 on" NPROC EPOCHS BATCH_SIZE GRAD_ACC LOG_INTERVAL \
+    BEAM_BATCH_SIZE BASE_STEPS
+check '[0-9]{1,10}' "a whole number from 0 on" WARMUP_STEPS SEED LORA_DIM LORA_ALPHA
+check '([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]{1,2})?' "a number such as 0.0002" LEARNING_RATE
+check '[^-@].*' "a path, with ./ before the first - or @" WORK_DIR DATA INIT_CHECKPOINT
 
 # Sets the array `overrides` to the flags of those variables that are set.
 override() {  # VARIABLE=FLAG...
@@ -60,8 +82,7 @@ launch() {  # SCRIPT FLAG...
 
 need() {  # FILE COMMAND_THAT_MAKES_IT
     if [[ ! -f "$1" ]]; then
-        echo "error: $1: no such file; run: $2 (bash work.sh demo needs no download)" >&2
-        exit 1
+        fail 1 "$1: no such file; run: $2 (bash work.sh demo needs no download)"
     fi
 }
 
@@ -107,9 +128,14 @@ score_to() {  # SCORES_OUT REFERENCES TEXT
     mv "$1.part" "$1"
 }
 
-# The checkpoint that training wrote last; its step depends on the data and the epochs.
+# The checkpoint of the last training run, after its last step. The folder may also hold those of
+# an earlier, longer run, and times do not tell them apart in a folder that was copied.
 last_checkpoint() {  # FOLDER
-    find "$1" -maxdepth 1 -name 'model.[0-9]*.pt' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-
+    local step=""
+    [[ ! -f "$1/metrics.csv" ]] || step="$(tail -n 1 "$1/metrics.csv" | cut -d , -f 1)"
+    [[ -f "$1/model.$step.pt" ]] || step="$(find "$1/" -maxdepth 1 -name 'model.*.pt' |
+        sed -n 's/.*\/model\.\([0-9]\+\)\.pt$/\1/p' | sort -n | tail -n 1)"
+    echo "$1/model.$step.pt"
 }
 
 run_e2e() {
@@ -123,8 +149,7 @@ run_e2e() {
     esac
     base="${INIT_CHECKPOINT:-${base:+./pretrained_checkpoints/$base}}"
     if [[ -z "$base" ]]; then
-        echo "error: no published weights for MODEL_CARD=$MODEL_CARD; set INIT_CHECKPOINT" >&2
-        exit 1
+        fail 1 "no published weights for MODEL_CARD=$MODEL_CARD; set INIT_CHECKPOINT"
     fi
     need "$DATA/train.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
     need "$DATA/valid.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
@@ -138,6 +163,7 @@ run_e2e() {
     step="${step%.pt}"
     predictions="predict.$step.b10p08r4.jsonl"
     generate "$checkpoint" "$predictions"
+    setup_lock trained_models e2e_text wait  # these two files belong to all runs in this clone
     decode "$WORK_DIR/$predictions" e2e_ref.txt e2e_pred.txt
     score e2e_ref.txt e2e_pred.txt
 }
@@ -145,6 +171,7 @@ run_e2e() {
 run_demo() {
     local base name
     prepare
+    setup_lock "$DATA" data "wait until it ends, or set WORK_DIR and DATA to other folders"
     echo "== a corpus in E2E's format, and a broader one to pretrain on"
     python data/demo/generate.py "$DATA"
     for name in base_train base_valid train valid test; do
@@ -179,7 +206,10 @@ pretrain() {
 }
 
 prepare() {
+    mkdir -p "$WORK_DIR" 2> /dev/null ||
+        fail 1 "$WORK_DIR: cannot be made; set WORK_DIR to another folder"
     source ./setup.sh
+    setup_lock "$WORK_DIR" work "wait until it ends, or set WORK_DIR to another folder"
     python vocab/download_vocab.py vocab
 }
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 
 # The tools that setup.sh may use; the PATH in a test has only these and stubs.
-TOOLS = ("bash", "cat", "cp", "dirname", "env", "id", "mkdir", "mktemp", "rm", "sed", "sha256sum",
-         "tail")
+TOOLS = ("bash", "cat", "cp", "dirname", "env", "flock", "id", "mkdir", "mktemp", "rm", "sed",
+         "sha256sum", "tail")
 
 # Runs Python, except for pip and venv: these calls are only logged, and venv copies this stub.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
-    "-m pip install"*) echo "pip $*" >> "$CALLS"; [[ -z "${PIP_FAILS:-}" ]] || exit 1 ;;
+    "-m pip install"*)
+        echo "pip $*" >> "$CALLS"
+        [[ -z "${PIP_WAITS_FOR:-}" ]] || read -r < "$PIP_WAITS_FOR"
+        [[ -z "${PIP_DIES:-}" ]] || kill -KILL 0
+        [[ -z "${PIP_FAILS:-}" ]] || exit 1 ;;
     "-m pip"*) ;;
     "-m venv"*)
         echo "venv $0" >> "$CALLS"
@@ -65,12 +72,18 @@ class Machine:
         (folder / "bin" / "python").chmod(0o755)
         return folder
 
-    def start(self, **variables):
-        return subprocess.run(
+    def popen(self, **variables):
+        return subprocess.Popen(
             ["bash", "-c", 'set -euo pipefail; source ./setup.sh; command -v python'],
-            cwd=self.repository, capture_output=True, text=True, timeout=60,
+            cwd=self.repository, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={"PATH": str(self.bin), "HOME": str(self.folder), "CALLS": str(self.calls),
                  "REAL_PYTHON": sys.executable, **{k: str(v) for k, v in variables.items()}})
+
+    def start(self, **variables):
+        process = self.popen(**variables)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def noted(self):
         return [line.split()[0] for line in self.calls.read_text().splitlines()]
@@ -114,6 +127,190 @@ def test_failing_pip_is_told_and_tried_again(machine):
     assert_one_line_error(machine.start(PIP_FAILS=1), "requirement.txt", "network")
     assert machine.start().returncode == 0
     assert machine.noted() == ["venv", "pip", "pip"]
+
+
+def python_without_pip(folder):
+    """(path of its Python, its site-packages) of a new virtual environment."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site, = folder.glob("lib/python*/site-packages")
+    return folder / "bin/python", site
+
+
+def install_by_hand(site, name, version="1.0"):
+    """Writes a package of three files to ``site`` as pip would; returns its .dist-info."""
+    info = site / f"{name}-{version}.dist-info"
+    files = {site / name / "__init__.py": "number = 1\n", site / name / "comma, größe": "x\n",
+             info / "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+             info / "INSTALLER": "pip\n"}
+    rows = []
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        rows.append(f'"{file.relative_to(site)}",sha256=unused,{len(text)}\n')
+    rows += [f"{name}/__pycache__/compiled.cpython-311.pyc,,\n", f"{info.name}/RECORD,,\n"]
+    (info / "RECORD").write_text("".join(rows), encoding="utf-8")
+    return info
+
+
+def test_packages_that_a_killed_pip_left_incomplete_are_installed_again(machine):
+    python, site = python_without_pip(machine.folder / "real")
+    old = install_by_hand(site, "from_before")
+    os.utime(old, (0, 0))
+    (site / "from_before/__init__.py").write_text("changed by the user\n")
+    assert machine.start(PIP_DIES=1, REAL_PYTHON=python).returncode == -signal.SIGKILL
+    install_by_hand(site, "whole")
+    install_by_hand(site, "lacks_a_file")
+    (site / "lacks_a_file/comma, größe").unlink()
+    install_by_hand(site, "cut_off", "2.0+cpu")
+    (site / "cut_off/__init__.py").write_text("num")
+    (install_by_hand(site, "unfinished") / "INSTALLER").unlink()
+    (install_by_hand(site, "lacks_record") / "RECORD").unlink()
+    (install_by_hand(site, "no_record") / "RECORD").write_text("<html>\n")
+
+    second = machine.start(REAL_PYTHON=python)
+    assert second.returncode == 0, second.stderr
+    for name in ("lacks_a_file", "cut_off", "unfinished", "lacks_record", "no_record"):
+        assert name in second.stderr
+    # What pip no longer knows it installs, over the files that are there.
+    assert {info.name for info in site.glob("*.dist-info")} == {
+        "from_before-1.0.dist-info", "whole-1.0.dist-info"}
+    assert machine.noted() == ["venv", "pip", "pip"]
+    assert machine.start(REAL_PYTHON=python).stderr == ""
+
+
+def test_nothing_is_repaired_after_a_finished_set_up(machine):
+    python, site = python_without_pip(machine.folder / "real")
+    machine.start(REAL_PYTHON=python)
+    install_by_hand(site, "cut_off")
+    (site / "cut_off/__init__.py").write_text("")
+    (machine.repository / "requirement.txt").write_text("numpy==1.26.3\n")
+    machine.start(REAL_PYTHON=python)
+    assert (site / "cut_off-1.0.dist-info").is_dir()
+    assert machine.noted() == ["venv", "pip", "pip"]
+
+
+# In every Python: SIGKILL to the set-up where DIES_AT is in the name of a file that is opened to
+# be written, or in a command that is started.
+SITECUSTOMIZE = """
+import os, signal, sys
+def die(event, arguments):
+    if (event == "subprocess.Popen" or event == "open" and arguments[2] & os.O_ACCMODE) \\
+            and os.environ["DIES_AT"] in str(arguments[:2]):
+        os.killpg(0, signal.SIGKILL)
+if os.environ.get("DIES_AT"):
+    sys.addaudithook(die)
+"""
+
+
+class RealMachine(Machine):
+    """A machine whose Python, venv and pip are real; pip finds the wheels of ``wheel`` only."""
+
+    def __init__(self, root, folder):
+        super().__init__(root, folder)
+        base = os.path.join(sys.base_prefix, "bin", f"python{self.own_version}")
+        self.install(f"python{self.own_version}",
+                     f'case "$*" in -) ;; *) exec "{base}" "$@" ;; esac')  # it lacks no part
+        (folder / "hooks").mkdir()
+        (folder / "hooks/sitecustomize.py").write_text(SITECUSTOMIZE)
+        self.required = self.repository / "requirement.txt"
+        self.required.write_text("")
+
+    def wheel(self, name):
+        """Makes a wheel with a header outside site-packages, as oneDNN's, and requires it."""
+        info = f"{name}-1.0.dist-info"
+        files = {f"{name}/__init__.py": "number = 1\n", f"{name}/last.py": "number = 2\n",
+                 f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+                 f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+                 f"{name}-1.0.data/data/include/{name}.hpp": "// header\n"}
+        rows = [f"{file},,{len(text)}\n" for file, text in files.items()]
+        with zipfile.ZipFile(self.folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+            for file, text in {**files, f"{info}/RECORD": "".join(rows)}.items():
+                archive.writestr(file, text)
+        self.required.write_text(f"{self.required.read_text()}{name}==1.0\n")
+
+    def is_whole(self, environment, name):
+        site, = environment.glob("lib/python*/site-packages")
+        return (site / name / "last.py").read_text() == "number = 2\n" \
+            and (environment / f"include/{name}.hpp").read_text() == "// header\n" \
+            and (site / f"{name}-1.0.dist-info/INSTALLER").is_file()
+
+    def popen(self, **variables):
+        return super().popen(PYTHONPATH=self.folder / "hooks", PIP_NO_INDEX=1,
+                             PIP_FIND_LINKS=self.folder, **variables)
+
+
+@pytest.fixture
+def real_machine(root, tmp_path):
+    if not all(importlib.util.find_spec(name) for name in ("venv", "ensurepip")):
+        pytest.skip("this Python makes no environments with pip")
+    return RealMachine(root, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_set_up_killed_at_any_moment_is_completed_by_the_next(real_machine):
+    """Killed before pip is there, before the environment is complete, and in each part of pip."""
+    environment = real_machine.repository / ".venv"
+    real_machine.wheel("first")
+    for moment in ("ensurepip", "activate.csh", "first/__init__.py"):
+        assert real_machine.start(DIES_AT=moment).returncode == -signal.SIGKILL, moment
+    done = real_machine.start()
+    assert done.returncode == 0, done.stderr
+    assert real_machine.is_whole(environment, "first")
+    assert (environment / "bin/activate.csh").is_file()
+    for number, moment in enumerate(("last.py", "METADATA", "RECORD", ".hpp", "INSTALLER")):
+        name = f"package_{number}"
+        real_machine.wheel(name)
+        killed = real_machine.start(DIES_AT=f"{name}.hpp" if moment == ".hpp" else moment)
+        assert killed.returncode == -signal.SIGKILL, moment
+        done = real_machine.start()
+        assert done.returncode == 0, done.stderr
+        assert real_machine.is_whole(environment, name), moment
+    assert real_machine.start().stderr == ""
+
+
+@pytest.mark.slow
+def test_a_pip_whose_installation_was_killed_is_replaced(real_machine):
+    """In an environment of the user without pip, as uv makes them."""
+    environment = real_machine.folder / "mine"
+    import ensurepip
+
+    _, site = python_without_pip(environment)
+    real_machine.wheel("first")
+    killed = real_machine.start(DIES_AT=f"pip-{ensurepip.version()}.dist-info/INSTALLER",
+                                VIRTUAL_ENV=environment)
+    assert killed.returncode == -signal.SIGKILL
+    done = real_machine.start(VIRTUAL_ENV=environment)
+    assert done.returncode == 0, done.stderr
+    assert real_machine.is_whole(environment, "first")
+    info, = site.glob("pip-*.dist-info")
+    assert (info / "INSTALLER").is_file()
+
+
+def test_a_second_set_up_waits_for_the_first(machine):
+    gate = machine.folder / "gate"
+    os.mkfifo(gate)
+    first = machine.popen(PIP_WAITS_FOR=gate)
+    while machine.noted() != ["venv", "pip"]:
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    second = machine.popen(PIP_WAITS_FOR=gate)
+    try:
+        assert f"waiting for process {first.pid} on " in second.stderr.readline()
+        gate.write_text("go on\n")
+        assert [process.wait(timeout=60) for process in (first, second)] == [0, 0]
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert machine.noted() == ["venv", "pip"]
+
+
+def test_an_active_environment_that_does_not_run_is_left_alone(machine):
+    mine = machine.environment("mine")
+    (mine / "bin/python").write_text("#!/usr/bin/env bash\nexit 1\n")
+    (mine / "work.txt").touch()
+    assert_one_line_error(machine.start(VIRTUAL_ENV=mine), f"{mine}/bin/python", "deactivate")
+    assert (mine / "work.txt").exists() and machine.noted() == []
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(machine):
@@ -189,6 +386,23 @@ def test_what_is_missing_is_installed_for_root(machine):
             in machine.calls.read_text())
 
 
+def test_a_killed_apt_is_continued(machine):
+    """Its programs may be there before all that they need is."""
+    machine.install("id", "echo 0")
+    (machine.bin / "g++").rename(machine.folder / "g++")
+    machine.install("dpkg", 'echo "dpkg $*" >> "$CALLS"')
+    machine.install("apt-get", f"""echo "apt $*" >> "$CALLS"
+        [[ $1 == update ]] || cp '{machine.folder}/g++' '{machine.bin}'
+        [[ $1 == update || -z "${{APT_DIES:-}}" ]] || kill -KILL 0
+    """)
+    assert machine.start(APT_DIES=1).returncode == -signal.SIGKILL
+    machine.calls.write_text("")
+    assert machine.start().returncode == 0
+    assert machine.noted() == ["dpkg", "apt", "apt", "venv", "pip"]
+    assert "install -y --no-install-recommends g++\n" in machine.calls.read_text()
+    assert machine.start().stderr == ""
+
+
 def test_mpi_is_asked_for_by_several_processes_only(machine):
     machine.install("id", "echo 1000")
     assert machine.start(NPROC=1).returncode == 0
@@ -196,8 +410,10 @@ def test_mpi_is_asked_for_by_several_processes_only(machine):
     machine.install("mpirun", "true")
     assert_one_line_error(machine.start(NPROC=2), "openmpi-bin libopenmpi-dev")
     machine.install("mpicc", "true")
-    result = machine.start(NPROC=2)
-    assert result.returncode == 0 and result.stderr == ""
+    for number in (2, "abc", "-1", "0", "x[$(touch ran)]"):  # work.sh checks it
+        result = machine.start(NPROC=number)
+        assert result.returncode == 0 and result.stderr == ""
+    assert not (machine.repository / "ran").exists()
 
 
 def test_failing_apt_is_told(machine):

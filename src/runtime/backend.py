@@ -126,6 +126,7 @@ def _prepare_environment(nvcc: str | None) -> None:
 def _prepare_mpi() -> None:
     os.environ["use_mpi"] = "1" if processes.started_by_mpirun() else "0"
     if not processes.started_by_mpirun():
+        os.environ.pop("OMPI_COMM_WORLD_SIZE", None)  # Jittor reads it, whatever it is
         return
     if not shutil.which(os.environ.get("mpicc_path", "mpicc")):
         raise InputError("mpicc not found, Jittor compiles its part of MPI with it; "

@@ -264,7 +264,7 @@ def test_the_pytorch_side_has_the_flags_of_ours(align_flags):
         differ = {name for name in tables[0] | tables[1] if tables[0].get(name) !=
                   tables[1].get(name)}
         assert differ == ({"--keep_last", "--state_interval", "--resume"}
-                          if ours.endswith("ft.py") else {"--init_checkpoint"})
+                          if ours.endswith("ft.py") else {"--init_checkpoint", "--resume"})
     for name in REFERENCES:
         text = (ROOT / name).read_text()
         exceptions = text[text.index("`align/torch_train.py`"):][:400]
@@ -366,6 +366,7 @@ READ_BY = {
     "run_tests.sh": (["run_tests.sh", "tests/*.py"], {"PATH", "use_mkl", "OMP_WAIT_POLICY"}),
     "src/gpt2_ft.py": (["src/**/*.py"], {
         "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_RANK",
+        "PMIX_SERVER_TMPDIR",
         "python_config_path", "use_mkl"}),
 }
 

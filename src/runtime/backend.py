@@ -97,13 +97,13 @@ def _prepare_environment(nvcc: str | None) -> None:
         raise InputError(f"{compiler} not found, Jittor compiles its operators with it; "
                          "apt-get install g++")
     if subprocess.run([compiler, "--version"], capture_output=True).returncode:
-        raise InputError(f"{compiler} --version fails, Jittor compiles its operators with it; "
-                         "set cc_path to another compiler, or repair it")
+        raise InputError(f"{compiler} cannot print its version, Jittor compiles its operators "
+                         "with it; set cc_path to another compiler, or repair it")
     # With more threads than an operating system allows, OpenMP ends the process.
     most, threads = 16 * (os.cpu_count() or 1), os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdecimal() and int(threads) > most:
-        raise InputError(f"OMP_NUM_THREADS={threads}: more than 16 threads for each of the "
-                         f"{os.cpu_count()} cores; set a smaller number")
+        raise InputError(f"OMP_NUM_THREADS={threads}: more than 16 threads for each core of this "
+                         "machine; set a smaller number")
     # An empty nvcc_path gives a CPU build even if an nvcc is installed on a machine without a GPU.
     os.environ["nvcc_path"] = nvcc or ""
     # Jittor looks for pythonX.Y-config beside sys.executable; a virtual environment has none there.

@@ -18,29 +18,28 @@ if TYPE_CHECKING:  # scripts without arrays start faster without it
     import numpy as np
 
 
-def _of_mpirun(name: str, default: int) -> int:
-    value = os.environ.get(f"OMPI_COMM_WORLD_{name}", "")
-    return int(value) if value.isdecimal() else default
+def _integer(text: str, default: int) -> int:
+    return int(text) if text.isdecimal() else default
 
 
 def started_by_mpirun() -> bool:
     """Whether Open MPI started this process, even if it is the only one."""
-    return _of_mpirun("SIZE", 0) > 0
+    return _integer(os.environ.get("OMPI_COMM_WORLD_SIZE", ""), 0) > 0
 
 
 def world_size() -> int:
     """The number of processes."""
-    return _of_mpirun("SIZE", 1)
+    return _integer(os.environ.get("OMPI_COMM_WORLD_SIZE", ""), 1)
 
 
 def local_size() -> int:
     """The number of processes on this machine."""
-    return _of_mpirun("LOCAL_SIZE", 1)
+    return _integer(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""), 1)
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return _of_mpirun("RANK", 0)
+    return _integer(os.environ.get("OMPI_COMM_WORLD_RANK", ""), 0)
 
 
 def check_world() -> None:

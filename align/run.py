@@ -31,7 +31,8 @@ FILES = ("train.jsonl", "valid.jsonl", "test.jsonl", "test_formatted.jsonl")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="align/run.sh", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="align/run.sh",
+                                     description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", help="demo (needs bash work.sh demo), e2e, or a folder with "
                         + ", ".join(FILES))
     parser.add_argument("--strict", action="store_true",

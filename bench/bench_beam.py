@@ -36,7 +36,7 @@ IN_BATCHES = ("ours", "ctranslate2")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run.sh beam",
-                                     description=__doc__.splitlines()[0],
+                                     description=(__doc__ or "").partition("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights, the last "

@@ -42,7 +42,7 @@ def cards(text: str) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/run.sh scale",
-                                     description=__doc__.splitlines()[0],
+                                     description=(__doc__ or "").partition("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--cards", type=cards, default="gpt2.nano,gpt2.sm", help="sizes of GPT-2")
     parser.add_argument("--batch_sizes", type=numbers, default="1,2,4,8",

@@ -45,7 +45,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if isinstance(raw, dict) and isinstance(raw.get("model_state_dict"), dict):
         raw = raw["model_state_dict"]
     if not isinstance(raw, dict) or not raw or not all(
-            isinstance(key, str) and isinstance(value, np.ndarray) for key, value in raw.items()):
+            isinstance(key, str) and key.isprintable()
+            and isinstance(value, np.ndarray) and value.dtype.kind in "biuf"  # not complex
+            for key, value in raw.items()):
         raise InputError(f"{path}: holds no named weights; give a file of GPT-2 or of this program")
 
     weights: dict[str, np.ndarray] = {}
@@ -66,21 +68,26 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     import safetensors
     import safetensors.numpy
 
+    with torch_file.open_regular(path) as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > torch_file.DIRECTORY_LIMIT:
+        raise torch_file.TorchFileError("damaged, or no safetensors file (its header would have "
+                                        f"{header} bytes)")
     try:
         try:
             return safetensors.numpy.load_file(path)
         except (TypeError, AttributeError, KeyError):  # it holds types that NumPy does not have
             tensors = dict(safetensors.deserialize(path.read_bytes()))
-    except safetensors.SafetensorError as error:
+        for name, tensor in tensors.items():
+            if tensor["dtype"] not in SAFETENSORS_TYPES:
+                raise torch_file.TorchFileError(f"{name} is of type {tensor['dtype']}, not one of "
+                                                f"{', '.join(SAFETENSORS_TYPES)}")
+        return {name: torch_file.to_array(tensor["data"], SAFETENSORS_TYPES[tensor["dtype"]])
+                .reshape(tensor["shape"]) for name, tensor in tensors.items()}
+    except (OSError, torch_file.TorchFileError):
+        raise
+    except Exception as error:  # what a damaged file raises can be anything
         raise torch_file.TorchFileError(f"damaged, or no safetensors file ({error})") from None
-    arrays = {}
-    for name, tensor in tensors.items():
-        if tensor["dtype"] not in SAFETENSORS_TYPES:
-            raise torch_file.TorchFileError(f"{name} is of type {tensor['dtype']}, not one of "
-                                            f"{', '.join(SAFETENSORS_TYPES)}")
-        arrays[name] = torch_file.to_array(
-            tensor["data"], SAFETENSORS_TYPES[tensor["dtype"]]).reshape(tensor["shape"])
-    return arrays
 
 
 def parameter_name(key: str) -> str:
@@ -99,7 +106,7 @@ def load(model: GPT2LMModel, init_checkpoint: str | None, lora_checkpoint: str |
     """Fills the model from a checkpoint of the base or of the whole model, then from one of LoRA.
 
     If no file holds LoRA matrices, the model keeps its own; with ``lora_required`` that is an
-    error. Raises InputError that lists all missing, unexpected and misshapen weights.
+    error. Raises InputError that lists missing, unexpected and misshapen weights, ten of each.
     """
     has_lora = False
     if init_checkpoint:
@@ -127,7 +134,7 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
     unexpected = [n for n in weights if n not in parameters]
     misshapen = [f"{n} {weights[n].shape} for {tuple(p.shape)}" for n, p in parameters.items()
                  if n in weights and tuple(p.shape) != weights[n].shape]
-    faults = [f"{len(names)} {what}: {', '.join(names)}" for what, names in
+    faults = [f"{len(names)} {what}: {_listed(names)}" for what, names in
               (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
     if faults:
         remedy = "does --model_card fit the file?"
@@ -137,6 +144,12 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
     for name, p in parameters.items():
         if name in weights:  # popped, so that no second copy of the whole model is in memory
             p.assign(jt.array(np.ascontiguousarray(weights.pop(name))))
+
+
+def _listed(names: list[str]) -> str:
+    """The first ten of ``names``, at most 100 characters each, and the number of the others."""
+    others = f" and {len(names) - 10} others" if len(names) > 10 else ""
+    return ", ".join(name[:100] for name in names[:10]) + others
 
 
 def save_model(model: GPT2LMModel, path: str | os.PathLike) -> None:

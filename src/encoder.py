@@ -44,27 +44,30 @@ class Encoder:
     """Encodes and decodes with a vocabulary, token -> id, and its merges, lowest rank first.
 
     Tokens are spelled in ``byte_symbols``. Raises ValueError where the two do not fit together:
-    the tokens must be the 256 bytes, what the merges make, and ``<|endoftext|>``.
+    the tokens must be the 256 symbols in the order of their code points, what the merges make, and
+    ``<|endoftext|>``, numbered from 0 on as in GPT-2, whose weights depend on it.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]):
         symbols = byte_symbols()
         made = [left + right for left, right in merges]
-        if vocabulary.keys() != {*symbols, *made, END_OF_TEXT}:
-            raise ValueError("the tokens are not those that the merges make")
-        if set(vocabulary.values()) != set(range(len(vocabulary))):
-            raise ValueError(f"the ids are not 0 to {len(vocabulary) - 1}")
-
-        self.end_of_text = vocabulary[END_OF_TEXT]
-        self._byte_ids = [vocabulary[symbol] for symbol in symbols]
+        ids = {token: i for i, token in enumerate([*sorted(symbols), *made, END_OF_TEXT])}
         try:
-            self._merges = {(vocabulary[left], vocabulary[right]): (rank, vocabulary[left + right])
-                            for rank, (left, right) in enumerate(merges)}
+            self._merges = {(ids[left], ids[right]): ids[left + right] for left, right in merges}
         except KeyError as error:
             raise ValueError(f"a merge is of {error}, which is no token") from None
+        if len(ids) != 257 + len(merges):
+            raise ValueError("two merges make the same token")
+        for token in (*ids, *vocabulary):
+            if vocabulary.get(token) != ids.get(token):
+                raise ValueError(f"the id of {token[:50]!r} should be {ids.get(token, 'none')}, "
+                                 f"not {vocabulary.get(token, 'none')}")
+
+        self.end_of_text = ids[END_OF_TEXT]
+        self._byte_ids = [ids[symbol] for symbol in symbols]
         byte_of = {symbol: byte for byte, symbol in enumerate(symbols)}
         self._bytes = {token_id: bytes(byte_of[symbol] for symbol in token)
-                       for token, token_id in vocabulary.items()}
+                       for token, token_id in ids.items()}
         self._merge_cached = lru_cache(CACHED_WORDS)(self._merge)
 
     def encode(self, text: str) -> list[int]:
@@ -102,12 +105,12 @@ class Encoder:
 
         def candidate(i: int) -> tuple | None:
             pair = ids[i], ids[after[i]]
-            return (*self._merges[pair], i, pair) if pair in self._merges else None
+            return (self._merges[pair], i, pair) if pair in self._merges else None
 
         heap = [entry for entry in map(candidate, range(n)) if entry]
         heapify(heap)
         while heap:
-            _, merged, i, pair = heappop(heap)
+            merged, i, pair = heappop(heap)
             j = after[i]
             if pair != (ids[i], ids[j]):
                 continue
@@ -135,15 +138,16 @@ def get_encoder(vocab_dir: str | os.PathLike) -> Encoder:
     if not isinstance(vocabulary, dict) or not all(type(v) is int for v in vocabulary.values()):
         raise InputError(f"{tokens}: not a JSON object of token ids; {remedy}")
 
-    merges = []
+    merges, known = [], set(byte_symbols())
     for number, line in enumerate(read_lines(table, remedy), start=1):
         if number == 1 and line.startswith("#version"):
             continue
         pair = tuple(line.split(" "))
-        if len(pair) != 2:
-            raise InputError(f"{table}:{number}: not two tokens with a blank between them; "
-                             f"{remedy}")
+        if len(pair) != 2 or not known.issuperset(pair) or "".join(pair) in known:
+            raise InputError(f"{table}:{number}: not two tokens with a blank between them, each a "
+                             f"byte or made by a line above, that make a new one; {remedy}")
         merges.append(pair)
+        known.add("".join(pair))
 
     try:
         return Encoder(vocabulary, merges)

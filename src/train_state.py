@@ -123,43 +123,61 @@ def read(path: Path) -> TrainState:
     """The state in ``path``; raises InputError where it is none, or damaged."""
     try:
         raw = torch_file.load(path)
+        if sum(map(raw["about"].count, "[{")) > 1 << 16:  # each takes some 100 bytes of memory
+            raise ValueError
         about = json.loads(raw["about"])
-        settings, counters = dict(about["settings"]), Counters(**about["counters"])
+        settings, counters = about["settings"], Counters(**about["counters"])
         tables = [raw[key] for key in ("model_state_dict", "m", "v", "gradients")]
         fills = [about["train_fill"], about["valid_fill"]]
-        if not (_possible(counters) and all(map(_is_table, tables))
+        if not (_is_plain(settings) and _possible(counters) and all(map(_is_table, tables))
+                and all((array >= 0).all() for array in tables[2].values())  # mean squares
                 and all(_is_fill(fill, settings.get("np")) for fill in fills)):
             raise ValueError
         return TrainState(path, settings, counters, *tables, *fills)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; check its "
-                         "permissions") from None
-    except (torch_file.TorchFileError, LookupError, TypeError, ValueError, RecursionError) as error:
+                         "permissions, or remove it") from None
+    except (LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         refused = f": {error}" if isinstance(error, torch_file.TorchFileError) else ""
         raise InputError(f"{path}: no state of a training run{refused}; remove it") from None
 
 
+def _is_plain(settings: object) -> bool:
+    """Whether this is a dict of values of flags, which messages may show."""
+    return isinstance(settings, dict) and len(str(settings)) < 10_000 and all(
+        f"{name}{value}".isprintable() and not isinstance(value, dict)
+        for name, value in settings.items())
+
+
 def _possible(counters: Counters) -> bool:
-    """Whether these can be the counters of a run; may raise TypeError where they are not."""
+    """Whether these can be the counters of a run; may raise TypeError where they are not.
+
+    metrics.csv, whose size is the second of ``log_sizes``, has a row for each step.
+    """
     of_steps = [counters.updates, counters.log_count] + counters.checkpoints
     return all(type(n) is int for n in (counters.step, *of_steps, *counters.log_sizes)) \
         and 0 < counters.step < 2**53 and all(0 <= n <= counters.step for n in of_steps) \
-        and len(counters.log_sizes) == 2 and min(counters.log_sizes) >= 0 \
+        and counters.checkpoints == sorted(set(counters.checkpoints)) \
+        and len(counters.log_sizes) == 2 and counters.log_sizes[0] >= 0 \
+        and counters.log_sizes[1] >= counters.step \
         and type(counters.log_sum) is float and math.isfinite(counters.log_sum) \
         and type(counters.best_ppl) is float and counters.best_ppl > 0
 
 
 def _is_table(table: object) -> bool:
-    """Whether this is a dict of float32 arrays."""
+    """Whether this is a dict of float32 arrays of finite numbers."""
     return isinstance(table, dict) and all(
-        isinstance(array, np.ndarray) and array.dtype == np.float32 for array in table.values())
+        isinstance(array, np.ndarray) and array.dtype == np.float32 and np.isfinite(array).all()
+        for array in table.values())
 
 
 def _is_fill(states: object, world_size: object) -> bool:
     """Whether this is a list of states of Python's generator, one for each process."""
     return isinstance(states, list) and len(states) == world_size and all(
         isinstance(state, list) and len(state) == 625 and state[-1] in range(625)
-        and all(type(n) is int and 0 <= n < 2**32 for n in state) for state in states)
+        and all(type(n) is int and 0 <= n < 2**32 for n in state)
+        and any(state[1:-1])  # from zeros alone it would draw zeros for ever
+        for state in states)
 
 
 def mark_finished(work_dir: Path, settings: dict[str, object], checkpoint: Path) -> None:
@@ -185,7 +203,8 @@ def remove(work_dir: Path, keep: int = 0, step: int | None = None) -> None:
     """Removes all states but the ``keep`` newest ones, or only that of ``step``."""
     found = paths(work_dir)[keep:] if step is None else [work_dir / f"resume.{step}.pt"]
     for path in found:
-        path.unlink(missing_ok=True)
+        if not path.is_dir():  # no state of ours
+            path.unlink(missing_ok=True)
 
 
 def paths(work_dir: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import weights_of
-from test_torch_file import Hostile, hostile_legacy, hostile_zip
+from test_torch_file import Hostile, cheap, hostile_legacy, hostile_zip, named, stored, tensor
 
 from runtime.errors import InputError
 
@@ -272,6 +272,80 @@ def test_safetensors_itself_refuses_what_is_no_table_of_its_data(checkpoint, tmp
         message = str(error.value)
         assert message.startswith(f"{path}: damaged, or no safetensors file ("), name
         assert "\n" not in message and message.endswith("; fetch or save it again"), name
+
+
+EMPTY = ("F32", [0], [0, 0])
+
+
+@pytest.mark.parametrize("dtype, shape, offsets", [
+    ("F32", [0, 2**62], [0, 0]), ("F32", [2**62, 0], [0, 0]), ("F32", [0, 2**63], [0, 0]),
+    ("F32", [0, 2**40, 2**40], [0, 0]), ("F32", [0, 2**64], [0, 0]), ("F32", [-1], [0, 0]),
+    ("F32", [0] * 100, [0, 0]), ("BF16", [0, 2**62], [0, 0]), ("BF16", [1] * 70, [0, 2]),
+    ("F32\n\x1b[2J", [0], [0, 0]), ("F6_E2M3", [4], [0, 3]), ("F32", [1.0], [0, 4])])
+def test_safetensors_of_odd_shapes_and_types(checkpoint, tmp_path, dtype, shape, offsets):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes({"a": (dtype, shape, offsets)}, bytes(offsets[1])))
+    with pytest.raises(InputError) as error:
+        checkpoint.read_weights(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+    assert str(error.value).startswith(f"{path}: ")
+    assert str(error.value).endswith("; fetch or save it again")
+
+
+@pytest.mark.parametrize("name, dtype", [("a\n\x1b[2J", "F32"), ("a", "C64")])
+def test_names_and_numbers_that_no_weights_have(checkpoint, tmp_path, name, dtype):
+    """Control characters, which could end in a message, and complex numbers."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes({name: (dtype, [0], [0, 0])}))
+    with pytest.raises(InputError, match="holds no named weights"):
+        checkpoint.read_weights(path)
+    path = tmp_path / "model.pt"
+    path.write_bytes(stored(named({"a\x85": tensor("FloatStorage", 0, (0,), (1,))})))
+    with pytest.raises(InputError, match="holds no named weights"):
+        checkpoint.read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_checkpoint_that_is_no_regular_file(refused, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    keep = os.open(tmp_path / name, os.O_RDWR)  # without a writer, open would wait for ever
+    assert "cannot be read: not a regular file; check the path" in refused(tmp_path / name)
+    os.close(keep)
+
+
+def test_a_message_lists_ten_names_of_each_kind(refused, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes({"x" * 400 + str(i): EMPTY for i in range(1000)}))
+    message = refused(path)
+    assert re.search("28 missing: (transformer[a-z0-9._]+, ){9}[a-z0-9._]+ and 18 others; "
+                     f"1000 unexpected: ({'x' * 100}, ){{9}}{'x' * 100} and 990 others; ", message)
+
+
+def test_no_checkpoint_multiplies_memory_or_time(jittor, tmp_path):
+    """Numbers of one byte, which become float32, and headers of many tensors."""
+    n = 2 << 20
+    mask = tensor("ByteStorage", n, (n,), (1,))
+    said = cheap(tmp_path, {
+        "masks.pt": stored(named({"a": mask}), bytes(n)),
+        "views.pt": stored(named({f"view {i}": mask for i in range(8)}), bytes(n)),
+        "repeated.pt": stored(named({"a": tensor("ByteStorage", n, (8 * n,), (0,))}), bytes(n)),
+        "bytes.safetensors": safetensors_bytes({"a": ("U8", [n], [0, n])}, bytes(n)),
+        "halves.safetensors": safetensors_bytes({"a": ("BF16", [n // 2], [0, n])}, bytes(n)),
+        "dimensions.safetensors": safetensors_bytes({"a": ("F32", [0] * 300_000, [0, 0])}),
+        **{f"{count} of {dtype}.safetensors": safetensors_bytes({
+            str(i): (dtype, [0], [0, 0]) for i in range(count)})
+           for count in (15_000, 30_000) for dtype in ("F32", "BF16")},
+    }, imports=CHECKPOINT)
+    loaded = {"masks.pt", "bytes.safetensors", "halves.safetensors", "15000 of F32.safetensors",
+              "15000 of BF16.safetensors"}
+    assert {name for name, message in said.items() if message is None} == loaded
+    assert "its header would have" in said["30000 of F32.safetensors"]
+
+
+CHECKPOINT = """from runtime import backend
+backend.start("cpu")
+import safetensors.numpy
+from checkpoint import read_weights as load"""
 
 
 def test_hostile_file_is_named_and_runs_nothing(refused, tmp_path):

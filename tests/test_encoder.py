@@ -1,6 +1,7 @@
 """The byte-level BPE compared with tiktoken's gpt2."""
 
 import json
+import random
 import time
 
 import pytest
@@ -125,6 +126,12 @@ def change_token(tokens):
     tokens.write_text(json.dumps(vocabulary))
 
 
+def permute_ids(tokens):  # they are the rows of the embedding of the published weights
+    vocabulary = json.loads(tokens.read_text())
+    ids = random.Random(0).sample(range(len(vocabulary)), len(vocabulary))
+    tokens.write_text(json.dumps({token: ids[i] for token, i in vocabulary.items()}))
+
+
 def cut_table(table):  # at the end of a line, so that every remaining line is complete
     table.write_text("".join(table.read_text(encoding="utf-8").splitlines(keepends=True)[:-100]),
                      encoding="utf-8")
@@ -142,6 +149,7 @@ def cut_table(table):  # at the end of a line, so that every remaining line is c
     (lambda tokens, table: cut_table(table), "do not fit together"),
     (lambda tokens, table: change_ids(tokens), "do not fit together"),
     (lambda tokens, table: change_token(tokens), "do not fit together"),
+    (lambda tokens, table: permute_ids(tokens), "do not fit together: the id of '!' should be 0"),
 ])
 def test_damaged_vocabulary(vocab, tmp_path, damage, message):
     damage(*copy_vocabulary(vocab, tmp_path))
@@ -156,3 +164,48 @@ def test_a_merge_of_what_is_no_token():
     symbols = {symbol: i for i, symbol in enumerate(module.byte_symbols())}
     with pytest.raises(ValueError, match="'ab', which is no token"):
         module.Encoder({**symbols, "abc": 256, module.END_OF_TEXT: 257}, [("ab", "c")])
+
+
+SYMBOLS = {symbol: i for i, symbol in enumerate(sorted(module.byte_symbols()))}
+
+
+@pytest.mark.parametrize("tokens, merges, line", [
+    ([], [" "], 2), ([], ["a "], 2), ([], [" a"], 2), ([""], [" "], 2), (["ab"], ["a b", ""], 3),
+    (["", "\u4e2d"], [" ", " \u4e2d"], 2), (["\u4e2da"], ["\u4e2d a"], 2),
+    (["ab"], ["a b", "a b"], 3), (["ab", "bc", "abc"], ["a b", "b c", "a bc", "ab c"], 5),
+    (["abc", "ab"], ["ab c", "a b"], 2), (["<|endoftext|>a"], ["<|endoftext|> a"], 2),
+    (["ab"], ["a  b"], 2), (["ab"], ["a\tb"], 2), (["ab"], ["a\x1b[2J b"], 2),
+])
+def test_a_merge_must_make_a_new_token_of_two(tmp_path, tokens, merges, line):
+    names = [*SYMBOLS, *tokens, module.END_OF_TEXT]
+    (tmp_path / "encoder.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    (tmp_path / "vocab.bpe").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    with pytest.raises(InputError) as error:
+        module.get_encoder(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/vocab.bpe:{line}: not two tokens with a blank ")
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("change", [
+    {"ab": 257, "cd": 256}, {"ab": 0, "!": 256}, {"a": -1}, {module.END_OF_TEXT: 259}, {"x\n": 259},
+    {"": 259}, {"cd": 258, module.END_OF_TEXT: 257}, {"\ud800": 300}, {"y" * 10**6: 259},
+])
+def test_ids_are_those_of_gpt2s_rule(tmp_path, change):
+    """The bytes, what the merges make in their order, the end of text: stage 4 ends at this id."""
+    vocabulary = {**SYMBOLS, "ab": 256, "cd": 257, module.END_OF_TEXT: 258}
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\na b\nc d\n")
+    (tmp_path / "encoder.json").write_text(json.dumps(vocabulary))
+    encoder = module.get_encoder(tmp_path)
+    assert (encoder.encode("abcd"), encoder.end_of_text) == ([256, 257], 258)
+    (tmp_path / "encoder.json").write_text(json.dumps({**vocabulary, **change}))
+    with pytest.raises(InputError, match="do not fit together: the id of .* should be ") as error:
+        module.get_encoder(tmp_path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_no_merges_make_the_end_of_text():
+    end = module.END_OF_TEXT
+    merges = [(end[:i], end[i]) for i in range(1, len(end))]
+    vocabulary = {**SYMBOLS, **{left + right: 256 + i for i, (left, right) in enumerate(merges)}}
+    with pytest.raises(ValueError, match="two merges make the same token"):
+        module.Encoder(vocabulary, merges)

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import run_main
@@ -157,6 +158,16 @@ def test_help_names_the_section(capsys, monkeypatch):
         assert end.value.code == 0
         said = " ".join(capsys.readouterr().out.split())
         assert f"@FILE stands for the flags in section {section}" in said
+
+
+def test_scripts_work_without_docstrings(root):
+    """python -OO removes them, and the descriptions of --help are made of them."""
+    scripts = [path for folder in ("src", "eval", "align", "bench", "data")
+               for path in (root / folder).rglob("*.py") if "__doc__" in path.read_text()]
+    assert len(scripts) >= 10
+    for script in scripts:
+        done = subprocess.run([sys.executable, "-OO", script, "--help"], capture_output=True)
+        assert done.returncode == 0 and b"usage: " in done.stdout and not done.stderr, done.stderr
 
 
 # The experiment

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import random
 import resource
+import socket
 import struct
 import subprocess
 import sys
@@ -300,6 +302,204 @@ def test_hostile_files_need_little_memory(tmp_path):
                                "OPENBLAS_NUM_THREADS": "1"},
                           preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Loads each file in a process of its own, within 1 GB more memory and 20 s of CPU time.
+MEASURE = """
+import json, os, resource, sys, time
+from runtime.errors import InputError
+{imports}
+
+def memory(kind):  # bytes
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(kind)) * 1024
+
+for path in sys.argv[1:]:
+    if os.fork() == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (1 << 30),) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+        before, said = memory("VmHWM"), None
+        try:
+            load(path)
+        except (OSError, ValueError, InputError) as error:
+            said = str(error)
+        print(json.dumps([path, memory("VmHWM") - before, time.process_time(), said]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def cheap(folder, files: dict[str, bytes],
+          imports: str = "from runtime.torch_file import load") -> dict[str, str | None]:
+    """Asserts that loading each file takes at most 8 times its size and 64 MiB of memory, and 5 s
+    a megabyte; returns the messages, None for a file that is not refused."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(imports=imports), *(folder / name for name in files)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    measured = {os.path.basename(path): rest for path, *rest in (
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))}
+    assert not files.keys() - measured.keys()  # those that were killed
+    for name, (memory, seconds, _) in measured.items():
+        size = len(files[name])
+        assert memory <= 8 * size + (64 << 20), (name, size, memory)
+        assert seconds <= 5 * max(1, size / 1e6), (name, size, seconds)
+    return {name: said for name, (_, _, said) in measured.items()}
+
+
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def number(value: int) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def tensor(kind: str, count: int, shape: tuple, stride: tuple) -> bytes:
+    """The opcodes of a tensor of storage "0", which has ``count`` numbers of a class of torch."""
+    sizes = b"".join(b"(" + b"".join(map(number, size)) + b"t" for size in (shape, stride))
+    return (REBUILD + b"((" + text("storage") + b"ctorch\n" + kind.encode() + b"\n" + text("0")
+            + text("cpu") + number(count) + b"tQ" + b"K\0" + sizes + b"tR")
+
+
+def stored(payload: bytes, data: bytes = b"") -> bytes:
+    """A checkpoint with ``data`` as storage "0"."""
+    file = io.BytesIO(hostile_zip(payload))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("model/data/0", data)
+    return file.getvalue()
+
+
+def named(tensors: dict[str, bytes]) -> bytes:
+    return b"\x80\x02}(" + b"".join(text(name) + t for name, t in tensors.items()) + b"u."
+
+
+def directory(members: int, name: int = 8, extra: bytes = b"") -> bytes:
+    """A zip archive whose directory alone has so many members."""
+    whole = hostile_zip(b"\x80\x02}.")
+    start, end = whole.index(b"PK\x01\x02"), whole.index(b"PK\x05\x06")
+    head = bytearray(whole[start:start + 46])
+    struct.pack_into("<IIHHH", head, 20, 0, 0, name, len(extra), 0)
+    entries = whole[start:end] + b"".join(
+        bytes(head) + b"%0*d" % (name, i) + extra for i in range(members))
+    tail = bytearray(whole[end:])
+    count = min(members + 2, 0xffff)
+    struct.pack_into("<HHII", tail, 8, count, count, len(entries), start)
+    return whole[:start] + entries + tail
+
+
+def listed(*parts: bytes) -> bytes:
+    return b"\x80\x04" + parts[0] + b"0](" + b"".join(parts[1:]) + b"e."
+
+
+MEGABYTE = 1 << 20
+PAIRS = b"](" + b"".join(number(i) + b"N\x86" for i in range(300, 5000)) + b"e\x85q\x01"
+LONG = b"\x8b" + struct.pack("<i", 400_000) + b"\x7f" * 400_000 + b"q\x01"
+NO_NUMBERS = tensor("FloatStorage", 0, (0,), (1,))
+HALVES = named({"a": tensor("BFloat16Storage", 4 * MEGABYTE, (4 * MEGABYTE,), (1,))})
+MULTIPLYING = {
+    "OrderedDict of one list": stored(listed(
+        PAIRS + b"0" + ORDERED_DICT + b"q\x02", b"h\x02h\x01R" * 6000)),
+    "one tuple of arguments": stored(listed(
+        REBUILD + b"q\x020" + NO_NUMBERS[len(REBUILD):-2] + b"N" * 200_000 + b"tq\x01",
+        b"h\x02h\x01R" * 100_000)),
+    "tensors without numbers": stored(listed(
+        REBUILD + b"q\x020" + NO_NUMBERS[len(REBUILD):-1] + b"q\x01",
+        b"h\x02h\x01R" * 80_000)),
+    "empty dicts": stored(listed(b"N", b"}" * MEGABYTE)),
+    "dicts of one item": stored(listed(b"N", b"}K\x01Ns" * (MEGABYTE // 5))),
+    "OrderedDicts": stored(listed(ORDERED_DICT + b"q\x01", b"h\x01)R" * (MEGABYTE // 4))),
+    "memo": stored(listed(b"N", b"]\x94" * (MEGABYTE // 2))),
+    "marks": hostile_zip(b"\x80\x02" + b"(" * MEGABYTE + b"t" * MEGABYTE + b"."),
+    "integers of one hash": hostile_zip(b"\x80\x02}(" + b"".join(
+        number(i * (2**61 - 1)) + b"N" for i in range(70_000)) + b"u."),
+    "floats of one hash": hostile_zip(b"\x80\x02}(" + b"".join(
+        b"G" + struct.pack(">d", 2.0**(i % 17 * 61) * (i // 17 + 1)) + b"N"
+        for i in range(90_000)) + b"u."),
+    "small integers of one slot": hostile_zip(b"\x80\x02}(" + b"".join(
+        number(i << 16) + b"N" for i in range(32_000)) + b"u."),
+    "equal long names": stored(listed(
+        text("x" * 1_900_000) + b"q\x01" + text("x" * 1_900_000) + b"q\x02",
+        b"}h\x01Ns" + b"h\x02Ns" * 85_000)),
+    "products of long integers": stored(listed(
+        LONG, REBUILD + b"(" + NO_NUMBERS[len(REBUILD) + 1:].partition(b"Q")[0] + b"QK\0("
+        + b"h\x01" * 2000 + b"t(" + b"h\x01" * 2000 + b"ttR")),
+    "decimal digits": hostile_zip(b"(" + (b"L" + b"9" * 4000 + b"L\n") * 260 + b"l."),
+    "text with one wide character": hostile_zip(
+        b"\x80\x02" + text("x" * 4_000_000 + "\U0001f600") + b"."),
+    "wide lists of lists": hostile_zip(b"\x80\x02]q\x01" + (
+        b"](" + b"h\x01" * 5000 + b"eq\x01") * 99 + b"."),
+    "legacy keys": hostile_legacy(
+        b"\x80\x02}." + listed(b"N", doubled(60, b"")[2:-1]) + bytes(100)),
+    "legacy structures": b"".join([
+        pickle.dumps(torch_file.LEGACY_MAGIC, 2), *[listed(b"N", b"}" * 260_000)] * 4]),
+    "bfloat16": stored(HALVES, bytes(8 * MEGABYTE)),
+    "legacy bfloat16": hostile_legacy(HALVES + pickle.dumps(["0"], 2)
+                                      + struct.pack("<q", 4 * MEGABYTE) + bytes(8 * MEGABYTE)),
+    "short names of members": directory(20_000, name=5),
+    "extra fields of members": directory(15, extra=b"\x99\x99\0\0" * 16_000),
+    "members": directory(300_000),
+}
+
+
+def test_no_file_multiplies_memory_or_time(tmp_path):
+    said = cheap(tmp_path, MULTIPLYING)
+    for name in ("OrderedDict of one list", "one tuple of arguments", "empty dicts", "memo"):
+        assert said[name] == "refused: its structure has more than 262144 objects", name
+    for name in ("integers of one hash", "floats of one hash", "equal long names"):
+        assert said[name] == "damaged: a dict with keys that are no plain names", name
+    assert said["members"] == "refused: its directory has more than 1048576 bytes"
+    assert said["bfloat16"] is said["legacy bfloat16"] is None
+
+
+def test_tensors_that_become_larger_as_float32(tmp_path):
+    """Other types become float32 when weights are read: a byte of the file then takes four."""
+    n, path = 3 << 20, tmp_path / "file.pt"
+    whole = tensor("HalfStorage", n, (n // 2, 2), (2, 1))  # tied: two names, one storage
+    path.write_bytes(stored(named({"wte": whole, "head": whole}), bytes(2 * n)))
+    assert {name: array.shape for name, array in torch_file.load(path).items()} == {
+        "wte": (n // 2, 2), "head": (n // 2, 2)}
+    for kind in ("ByteStorage", "BoolStorage"):  # a mask
+        path.write_bytes(stored(named({"mask": tensor(kind, n, (n,), (1,))}), bytes(n)))
+        assert torch_file.load(path)["mask"].nbytes == n
+    repeated = tensor("ByteStorage", n, (2 * n,), (0,))
+    views = {f"view {i}": tensor("ByteStorage", n, (n,), (1,)) for i in range(2)}
+    for tensors in ({"a": repeated}, views):
+        refused(tmp_path, stored(named(tensors), bytes(n)),
+                "refused: its tensors are much larger than the file")
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    keep = os.open(tmp_path / "fifo", os.O_RDWR)  # without a writer, open would wait for ever
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        for path in (tmp_path / "fifo", tmp_path / "socket", tmp_path, "/dev/zero", "/dev/null"):
+            with pytest.raises(OSError, match="not a regular file"):
+                torch_file.load(path)
+    os.close(keep)
+    torch_file.save(tmp_path / "file.pt", {"n": 1})
+    (tmp_path / "link.pt").symlink_to("file.pt")
+    assert torch_file.load(tmp_path / "link.pt") == {"n": 1}
+
+
+def test_legacy_data_of_another_size(tmp_path):
+    structure = b"\x80\x02" + tensor("FloatStorage", 4, (4,), (1,)) + b"."
+    path = tmp_path / "file.pt"
+    for count, data, message in ((4, 16, None), (3, 16, "another size"), (4, 12, "too early"),
+                                 (4, 4, "too early")):
+        content = hostile_legacy(structure + pickle.dumps(["0"], 2) + struct.pack("<q", count)
+                                 + np.arange(4, dtype="<f4").tobytes()[:data])
+        if message:
+            refused(tmp_path, content, message)
+        else:
+            path.write_bytes(content)
+            assert torch_file.load(path).tolist() == [0, 1, 2, 3]
+    refused(tmp_path, hostile_legacy(structure + pickle.dumps([], 2)), "tensor data is missing")
 
 
 def test_zip_bombs(tmp_path):

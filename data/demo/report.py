@@ -22,7 +22,7 @@ SAMPLES = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("test_formatted", help="the test samples as text (.jsonl)")
     parser.add_argument("work_dir", type=Path, help="folder with the results of work.sh demo")
     args = parser.parse_args()

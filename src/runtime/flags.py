@@ -88,8 +88,8 @@ class ArgumentParser(argparse.ArgumentParser):
     flags after ``@FILE`` override those in it.
     """
 
-    def __init__(self, doc: str, section: str | None = None):
-        super().__init__(description=doc.splitlines()[0],
+    def __init__(self, doc: str | None, section: str | None = None):  # None under python -OO
+        super().__init__(description=(doc or "").partition("\n")[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                          epilog=section and f"@FILE stands for the flags in section [{section}] of "
                                             "a file, e.g. @data/e2e.ini")

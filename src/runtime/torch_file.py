@@ -3,15 +3,18 @@
 A checkpoint is a pickle of its structure plus the raw bytes of its tensors, either in a zip
 archive (PyTorch >= 1.6) or one after the other in a plain file (the legacy format). A pickle can
 call any function and ask for any amount of memory. Therefore Python's unpickler is restricted here
-to the opcodes of plain containers, it finds no function but our stand-ins for PyTorch's, and sizes
-are compared with the file's before memory is allocated.
+to the opcodes of plain containers, it finds no function but our stand-ins for PyTorch's, objects
+are counted while they are read, and sizes are compared with the file's before memory is allocated.
+A hostile file takes at most about 8 times its size plus 64 MiB of memory.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
+import stat
 import struct
 import zipfile
 from collections import OrderedDict
@@ -23,7 +26,10 @@ import numpy as np
 from runtime.formats import replacing
 
 STRUCTURE_LIMIT = 4 << 20  # bytes; that of gpt2.lg's published checkpoint takes 90 thousand
+OBJECT_LIMIT = 1 << 18  # of a pickle; the state of a run that trains all of gpt2.lg has 43 thousand
 DEPTH_LIMIT = 100  # of containers in each other
+NAME_LIMIT = 1000  # characters or bytes of a dict's key
+DIRECTORY_LIMIT = 1 << 20  # bytes of a zip archive's directory; about 65 a tensor
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # torch's storage classes and the NumPy type of their elements; bfloat16 has none, see to_array
 STORAGES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2",
@@ -43,7 +49,7 @@ def load(path: str | os.PathLike) -> Any:
 
     bfloat16 tensors become float32. Raises TorchFileError, and OSError if it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             size = os.fstat(file.fileno()).st_size
             is_zip = zipfile.is_zipfile(file)
@@ -58,7 +64,17 @@ def load(path: str | os.PathLike) -> Any:
             raise TorchFileError(f"damaged, or no PyTorch checkpoint ({reason:.100})") from None
 
 
+def open_regular(path: str | os.PathLike) -> IO[bytes]:
+    """Opens a file for reading in binary; raises OSError, also for what is no regular file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a FIFO would wait for a writer
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return open(path, "rb")
+
+
 def _load_zip(file: IO[bytes], size: int) -> object:
+    end: Any = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # what ZipFile goes by
+    if end[zipfile._ECD_SIZE] > DIRECTORY_LIMIT:  # type: ignore[attr-defined]
+        raise TorchFileError(f"refused: its directory has more than {DIRECTORY_LIMIT} bytes")
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -82,13 +98,13 @@ def _load_zip(file: IO[bytes], size: int) -> object:
         if f"{folder}byteorder" in members and read(f"{folder}byteorder", 10) != b"little":
             raise TorchFileError("its numbers are big-endian; save it on a usual machine")
 
-        def read_storage(key: str, count: int) -> bytes:
+        def read_storage(key: str, dtype: str, size: int) -> np.ndarray:
             info = members.get(f"{folder}data/{key}")
             if info is None:
                 raise TorchFileError(f"tensor data {key} is missing")
-            if info.file_size != count:
-                raise TorchFileError(f"tensor data {key} has {info.file_size} bytes, not {count}")
-            return archive.read(info)
+            if info.file_size != size:
+                raise TorchFileError(f"tensor data {key} has {info.file_size} bytes, not {size}")
+            return to_array(archive.read(info), dtype)
 
         structure = io.BytesIO(read(pickles[0], STRUCTURE_LIMIT))
         return _Unpickler(structure, size, read_storage).load()
@@ -103,41 +119,41 @@ def _load_legacy(file: IO[bytes], size: int) -> object:
         raise TorchFileError("no PyTorch checkpoint")
     for _ in ("protocol version", "sizes of C types, byte order"):
         _Unpickler(head, size, refuse).load()
-    # The bytes come after the structure, which is therefore read twice: first to learn which
-    # storages there are, then with their bytes.
-    begin, sizes = head.tell(), {}
+    storages: dict[str, tuple[str, int, np.ndarray]] = {}
 
-    def note_size(key: str, count: int) -> bytes:
-        sizes[key] = count
-        return bytes(count)
+    def allocate(key: str, dtype: str, size: int) -> np.ndarray:  # the bytes follow the structure
+        storages[key] = dtype, size, to_array(bytearray(size), dtype)
+        return storages[key][-1]
 
-    _Unpickler(head, size, note_size).load()
+    value = _Unpickler(head, size, allocate).load()
     keys = _Unpickler(head, size, refuse).load()
     file.seek(head.tell())
-    data = {}
     for key in keys:
+        if not _is_name(key) or key not in storages:
+            raise TorchFileError("unknown tensor data")
+        dtype, size, array = storages.pop(key)
         count, = struct.unpack("<q", file.read(8))
-        if count < 0 or key not in sizes or key in data:
-            raise TorchFileError(f"unknown tensor data {key}")
-        if sizes[key] > size - file.tell():
-            raise TorchFileError("the file ends too early")
-        data[key] = file.read(sizes[key])
-    if data.keys() != sizes.keys():
+        data = file.read(size)
+        if count != array.size or len(data) != size:
+            raise TorchFileError(f"tensor data {key} has another size, or the file ends too early")
+        array[:] = to_array(data, dtype)
+    if storages:
         raise TorchFileError("tensor data is missing")
-    head.seek(begin)
-    return _Unpickler(head, size, lambda key, count: data[key]).load()
+    return value
 
 
 def _check_depth(value: object) -> None:
-    level: list = [value]
+    level: list = [[value]]
     seen: set[int] = set()
-    for _ in range(DEPTH_LIMIT):
-        seen.update(map(id, level))
-        inner = [item for container in level if isinstance(container, (dict, list, tuple))
-                 for item in (container.values() if isinstance(container, dict) else container)]
-        level = list({id(item): item for item in inner if id(item) not in seen}.values())
-        if not level:
+    for _ in range(DEPTH_LIMIT + 1):
+        items = (item for container in level for item in
+                 (container.values() if isinstance(container, dict) else container))
+        inner = {id(item): item for item in items
+                 if isinstance(item, (dict, list, tuple)) and id(item) not in seen}
+        if not inner:
             return
+        seen.update(inner)
+        level = list(inner.values())
     raise TorchFileError(f"refused: more than {DEPTH_LIMIT} containers in each other")
 
 
@@ -157,26 +173,42 @@ OPCODES = """PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT
 PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]  # the one not in C
 
 
+def _counted(step: Callable[[Any], None]) -> Callable[[Any], None]:
+    def counted(unpickler: _Unpickler) -> None:
+        unpickler.count(1)
+        step(unpickler)
+    return counted
+
+
 class _Unpickler(PythonUnpickler):
     """Reads pickles of tensors and plain containers.
 
-    ``read_storage(key, size)`` gives the ``size`` bytes of a storage. All storages together are no
-    larger than the file of ``file_size`` bytes, and all tensors no more than a few times as large,
-    however often they show the same bytes.
+    ``read_storage(key, dtype, size)`` gives the numbers in the ``size`` bytes of a storage. An
+    opcode counts as an object, and so does each item that a call copies. All storages together are
+    no larger than the file of ``file_size`` bytes. All tensors together, as float32 or what is
+    larger, take 4 times as much at most, however often they show the same bytes.
     """
 
     dispatch = {code: PythonUnpickler.dispatch[code]
                 for code in (getattr(pickle, name)[0] for name in OPCODES.split())}
 
-    def __init__(self, file: io.BytesIO, file_size: int, read_storage: Callable[[str, int], bytes]):
+    def __init__(self, file: io.BytesIO, file_size: int,
+                 read_storage: Callable[[str, str, int], np.ndarray]):
         super().__init__(file)
         self.read_storage = read_storage
         self.storages: dict[str, tuple[str, np.ndarray]] = {}
-        self.storage_room, self.tensor_room = file_size, 8 * file_size + (1 << 20)
+        self.object_room = OBJECT_LIMIT
+        self.storage_room, self.tensor_room = file_size, 4 * file_size + (1 << 20)
+
+    def count(self, objects: int) -> None:
+        """Raises TorchFileError when these are more than the pickle may have."""
+        self.object_room -= objects
+        if self.object_room < 0:
+            raise TorchFileError(f"refused: its structure has more than {OBJECT_LIMIT} objects")
 
     def find_class(self, module: object, name: object) -> object:
         """What the pickle calls ``module.name``; for a storage class, the type of its numbers."""
-        known = {ORDERED_DICT: _ordered_dict, REBUILD_TENSOR: self._tensor,
+        known = {ORDERED_DICT: self._ordered_dict, REBUILD_TENSOR: self._tensor,
                  REBUILD_PARAMETER: _parameter}
         if module == "torch" and name in STORAGES:
             return STORAGES[str(name)]
@@ -190,8 +222,8 @@ class _Unpickler(PythonUnpickler):
         if not isinstance(pid, tuple) or len(pid) < 5:
             raise TorchFileError("malformed tensor data")
         kind, dtype, key, _location, count = pid[:5]
-        if kind != "storage" or dtype not in STORAGES.values() or type(count) is not int \
-                or count < 0 or type(key) not in (str, int):
+        if not type(kind) is type(dtype) is str or kind != "storage" \
+                or dtype not in STORAGES.values() or not _is_size(count) or not _is_name(key):
             raise TorchFileError("malformed tensor data")
         key = str(key)
         if key not in self.storages:
@@ -199,7 +231,7 @@ class _Unpickler(PythonUnpickler):
             self.storage_room -= size
             if self.storage_room < 0:
                 raise TorchFileError(f"tensor data {key} has {size} bytes, too many for the file")
-            self.storages[key] = dtype, to_array(self.read_storage(key, size), dtype)
+            self.storages[key] = dtype, self.read_storage(key, dtype, size)
         known_dtype, array = self.storages[key]
         if known_dtype != dtype or array.size != count:
             raise TorchFileError(f"tensor data {key} is of two kinds")
@@ -207,10 +239,14 @@ class _Unpickler(PythonUnpickler):
 
     def _tensor(self, storage, offset, shape, stride, *_) -> np.ndarray:
         tensor = _rebuild_tensor(storage, offset, shape, stride)
-        self.tensor_room -= tensor.nbytes
+        self.tensor_room -= tensor.size * max(4, tensor.itemsize)
         if self.tensor_room < 0:
             raise TorchFileError("refused: its tensors are much larger than the file")
         return tensor
+
+    def _ordered_dict(self, pairs: list | tuple = ()) -> dict:
+        self.count(2 * len(pairs))
+        return _fill(OrderedDict(), [part for key, value in pairs for part in (key, value)])
 
     def load_setitems(self) -> None:
         items = self.pop_mark()
@@ -230,6 +266,7 @@ class _Unpickler(PythonUnpickler):
     def load_reduce(self) -> None:
         if not isinstance(self.stack[-1], tuple):
             raise TorchFileError("refused: a call without arguments")
+        self.count(len(self.stack[-1]))
         super().load_reduce()
     dispatch[pickle.REDUCE[0]] = load_reduce
 
@@ -239,9 +276,7 @@ class _Unpickler(PythonUnpickler):
             raise TorchFileError("refused: it changes what is no plain container")
     dispatch[pickle.BUILD[0]] = load_build
 
-
-def _ordered_dict(pairs: list = []) -> dict:  # noqa: B006  # never changed
-    return _fill(OrderedDict(), [part for key, value in pairs for part in (key, value)])
+    dispatch = {code: _counted(step) for code, step in dispatch.items()}
 
 
 def _parameter(tensor: object, *_) -> np.ndarray:
@@ -253,27 +288,37 @@ def _parameter(tensor: object, *_) -> np.ndarray:
 def _fill(target: object, items: list) -> dict:
     """Puts keys and values, alternating in ``items``, into a dict."""
     keys, values = items[::2], items[1::2]
-    # Only plain keys: to hash a tuple of nested tuples can take for ever.
-    if not isinstance(target, dict) or len(keys) != len(values) \
-            or not all(isinstance(key, (str, int, float, bytes)) for key in keys):
+    if not isinstance(target, dict) or len(keys) != len(values) or not all(map(_is_name, keys)):
         raise TorchFileError("damaged: a dict with keys that are no plain names")
     target.update(zip(keys, values))
     return target
 
 
-def to_array(data: bytes, dtype: str) -> np.ndarray:
+def _is_name(key: object) -> bool:
+    """Whether a key is quick to hash and to compare, and hostile ones cannot share one hash.
+
+    Tuples can nest without end, and floats and large integers of equal hash are known.
+    """
+    return isinstance(key, (str, bytes)) and len(key) <= NAME_LIMIT \
+        or isinstance(key, int) and abs(key) < 2**31
+
+
+def _is_size(number: object) -> bool:
+    return type(number) is int and 0 <= number < 2**63
+
+
+def to_array(data: bytes | bytearray, dtype: str) -> np.ndarray:
     """The numbers in ``data``, of one of the types in STORAGES; bfloat16 becomes float32."""
     if dtype == "bfloat16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+        return np.left_shift(np.frombuffer(data, "<u2"), 16, dtype="<u4").view("<f4")
     return np.frombuffer(data, dtype)
 
 
 def _rebuild_tensor(storage, offset, shape, stride) -> np.ndarray:
     if not isinstance(storage, np.ndarray) or not isinstance(shape, tuple) \
-            or not isinstance(stride, tuple) \
-            or not all(type(number) is int for number in (offset, *shape, *stride)):
+            or not isinstance(stride, tuple):
         raise TorchFileError("malformed tensor")
-    if len(shape) != len(stride) or min((offset, *shape, *stride)) < 0:
+    if len(shape) != len(stride) or not all(map(_is_size, (offset, *shape, *stride))):
         raise TorchFileError("a tensor of impossible shape")
     last = offset + sum((size - 1) * step for size, step in zip(shape, stride))
     if 0 not in shape and last >= storage.size:

@@ -135,13 +135,22 @@ def test_matrix_products_are_onednn_ones(jittor):
     assert compile_extern.mkl_ops is not None
 
 
-def test_no_compiler(root, tmp_path):
+def test_what_ends_a_start(root, tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import backend, script; " \
            "script.run(lambda: backend.start('cpu'))"
-    process = subprocess.run([sys.executable, "-c", code, root / "src"], capture_output=True,
-                             text=True, env={**os.environ, "cc_path": str(tmp_path / "g++")})
-    assert process.returncode == 1
-    assert process.stderr.startswith("error: g++ not found") and process.stderr.count("\n") == 1
+    def start(**variables):
+        return subprocess.run([sys.executable, "-c", code, root / "src"], capture_output=True,
+                              text=True, env={**os.environ, **variables})
+
+    (tmp_path / "broken").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "broken").chmod(0o755)
+    for compiler, reason in (("none", "not found"), ("broken", "cannot print its version")):
+        process = start(cc_path=str(tmp_path / compiler))
+        assert process.returncode == 1 and process.stderr.count("\n") == 1
+        assert process.stderr.startswith(f"error: {tmp_path / compiler} {reason}, ")
+    process = start(OMP_NUM_THREADS="1000000")
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: OMP_NUM_THREADS=1000000: more than ")
 
 
 def test_backend_comes_before_jittor(jittor, root):

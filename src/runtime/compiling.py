@@ -173,16 +173,16 @@ def _read(source: int, idle: Callable[[], object]) -> bytes:
 
 
 class WaitingReport:
-    """Called now and then, prints a line whenever a process has begun to wait for a file lock."""
+    """Called now and then, prints a line when a process waits for a file lock at two calls."""
 
     def __init__(self, process: int):
-        self._blocked, self._before = f"-> \\w+ +ADVISORY +WRITE +{process} ", False
+        self._blocked, self._times = f"-> \\w+ +ADVISORY +WRITE +{process} ", 0
 
     def __call__(self) -> None:
-        waits = bool(re.search(self._blocked, Path("/proc/locks").read_text()))
-        if waits and not self._before:
+        waits = re.search(self._blocked, Path("/proc/locks").read_text())
+        self._times = self._times + 1 if waits else 0
+        if self._times == 2:
             log(WAITING)
-        self._before = waits
 
 
 if __name__ == "__main__":

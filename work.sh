@@ -72,7 +72,9 @@ launch() {  # SCRIPT FLAG...
         python "$@"
         return
     fi
-    local mpi=(-np "$NPROC" --bind-to none --oversubscribe)
+    # A machine that does not answer any more ends the run after 10 + 3 * 5 seconds.
+    local mpi=(-np "$NPROC" --bind-to none --oversubscribe --mca oob_tcp_keepalive_time 10
+        --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3)
     # A script that fails prints the reason; mpirun's own message is useful only with MPI_FLAGS.
     [[ -n "$MPI_FLAGS" ]] || mpi+=(--quiet)
     [[ "$(id -u)" != 0 ]] || mpi+=(--allow-run-as-root)

@@ -273,6 +273,22 @@ def test_one_process_has_nothing_to_do_with_mpi(root, tmp_path):
     assert not (tmp_path / "asked").exists()
 
 
+@pytest.mark.slow
+@needs_mpi
+@pytest.mark.parametrize("variables, code", [
+    ({"OMPI_COMM_WORLD_SIZE": "x"}, 0), ({"OMPI_COMM_WORLD_SIZE": ""}, 0),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, 1)])
+def test_variables_of_mpirun_without_mpirun(root, variables, code):
+    start = "from runtime import backend, script; script.run(lambda: backend.start('cpu'))"
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "PYTHONPATH": str(root / "src"),
+                                            **variables})
+    assert done.returncode == code
+    assert done.stderr == "" or done.stderr == (
+        "error: OMPI_COMM_WORLD_SIZE is set, but mpirun did not start this process; unset the "
+        "variables whose names begin with OMPI_\n")
+
+
 def test_mpirun_without_a_compiler_for_it(root, tmp_path):
     (tmp_path / "g++").symlink_to(shutil.which("g++"))
     code = "from runtime import backend, script; script.run(lambda: backend.start('cpu'))"

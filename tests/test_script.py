@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from runtime.errors import Interrupted
 from runtime.script import StopRequest
@@ -71,3 +72,20 @@ def test_stop_request():
             raise RuntimeError
     for number, handler in zip(StopRequest.SIGNALS, before):
         signal.signal(number, handler)
+
+
+def test_closed_standard_streams(tmp_path):
+    """The next file that is opened must not take the number of a closed stream."""
+    code = IMPORTS + ("def main():\n"
+                      "    file = open(sys.argv[1], 'wb')\n"
+                      "    assert file.fileno() > 2\n"
+                      "    print('out'); print('err', file=sys.stderr); sys.stdin.read()\n"
+                      "    file.write(b'whole')\n"
+                      "script.run(main)\n")
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f'"$0" -c "$1" "$2" {closed} < /dev/null'
+                               if "<" not in closed else f'"$0" -c "$1" "$2" {closed}',
+                               sys.executable, "import sys\n" + code, tmp_path / "file"],
+                              env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
+        assert done.returncode == 0
+        assert (tmp_path / "file").read_bytes() == b"whole"

@@ -154,6 +154,10 @@ def _provide_onednn() -> bool:
             return False
         for file in distribution.files or ():
             files.setdefault(file.name, Path(str(distribution.locate_file(file))).resolve())
+    for name in ("dnnl.hpp", "libdnnl.so.2"):
+        if name not in files or not files[name].is_file():  # pip was killed
+            raise InputError(f"{' or '.join(ONEDNN_WHEELS)}: installed without {name}; pip install "
+                             "--force-reinstall --no-deps -r requirement.txt")
     links = {place / "include": files["dnnl.hpp"].parent}
     for name in ("libdnnl.so", "libdnnl.so.2", "libmkldnn.so"):
         links[place / "lib" / name] = files["libdnnl.so.2"]

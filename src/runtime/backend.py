@@ -156,7 +156,7 @@ def _provide_onednn() -> bool:
             files.setdefault(file.name, Path(str(distribution.locate_file(file))).resolve())
     for name in ("dnnl.hpp", "libdnnl.so.2"):
         if name not in files or not files[name].is_file():  # pip was killed
-            raise InputError(f"{' or '.join(ONEDNN_WHEELS)}: installed without {name}; pip install "
+            raise InputError(f"{ONEDNN_WHEELS[1]}: a file is missing, {name}; pip install "
                              "--force-reinstall --no-deps -r requirement.txt")
     links = {place / "include": files["dnnl.hpp"].parent}
     for name in ("libdnnl.so", "libdnnl.so.2", "libmkldnn.so"):

@@ -152,6 +152,7 @@ def main() -> None:
     lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")
     with lock if processes.rank() == 0 else nullcontext():
         state.begin()
+        continued = bool(state.answers)
         search(args, generator, distinct, state)
         predictions = np.zeros((len(distinct), args.eval_len), np.int32)
         for number in range(processes.rank(), len(distinct), processes.world_size()):
@@ -160,7 +161,8 @@ def main() -> None:
         if processes.rank() == 0:
             write_jsonl(output, ({"id": i, "predict": answers[query]}
                                  for i, query in enumerate(queries)))
-            state.finish()
+            state.finish(None if continued else round(
+                len(queries) / (time.perf_counter() - started), 2))
     took = time.perf_counter() - started
     log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
         f"{len(queries) / took:.2f} samples/s; saved {output}")

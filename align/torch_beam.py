@@ -145,9 +145,10 @@ def main() -> None:
                         eos=set(args.eos_token_id), length_penalty=args.length_penalty,
                         no_repeat_ngram_size=args.no_repeat_ngram_size,
                         repetition_penalty=args.repetition_penalty, min_length=args.min_length)
-        found[query] = tokens + [0] * (args.eval_len - len(tokens))
+        found[query] = {"predict": tokens + [0] * (args.eval_len - len(tokens)),
+                        "length": len(tokens)}
     output = Path(args.work_dir) / args.output_file
-    write_jsonl(output, ({"id": n, "predict": found[query]} for n, query in enumerate(queries)))
+    write_jsonl(output, ({"id": n, **found[query]} for n, query in enumerate(queries)))
     seconds = time.perf_counter() - started
     log(f"{len(queries)} samples ({len(found)} different) in {seconds:.1f} s, "
         f"{len(queries) / seconds:.2f} samples/s; wrote {output}")

@@ -34,7 +34,7 @@ class BeamOptions:
 def predict(generator: Generator, queries: Sequence[Tokens], options: BeamOptions, batch_size: int,
             on_batch: Callable[[dict[Tokens, list[int]]], object] = lambda answers: None,
             ) -> list[list[int]]:
-    """The best continuation of each query: eval_len token ids, zeros after the sequence.
+    """The best continuation of each query: at most eval_len token ids, the end token included.
 
     Equal queries are searched once. ``batch_size`` queries are searched at a time, which changes
     the speed only. ``on_batch`` gets the answers of each batch, by query.
@@ -64,7 +64,7 @@ def search(generator: Generator, queries: Sequence[Tokens],
             newest = np.array([history[-1] for history in beams.histories])  # (R,)
             logits = generator.step(newest, origin, cache)  # (R, V)
             origin = beams.advance(logits)
-    return [list(best) + [0] * (options.eval_len - len(best)) for best in beams.best]
+    return [list(best) for best in beams.best]
 
 
 class _Beams:

@@ -54,6 +54,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     head = None
     for key, value in raw.items():
         name = parameter_name(key)
+        if name in weights:
+            raise InputError(f"{path}: holds {name} under two names; remove one of them")
         if name in HEAD_NAMES:
             head = value
         elif not MASK_BUFFER.fullmatch(name):

@@ -70,9 +70,10 @@ class FTDataset:
         version, _, gauss = self._fill.getstate()
         self._fill.setstate((version, tuple(state), gauss))
 
-    def cut_off(self) -> int:
-        """How many samples have their whole completion beyond ``seq_len``."""
-        return sum(len(context) >= self.seq_len for context, _ in self.samples)
+    def lost(self) -> list[int]:
+        """How many tokens of each completion are beyond ``seq_len``."""
+        return [min(len(completion), max(0, len(context) + len(completion) - self.seq_len))
+                for context, completion in self.samples]
 
     def learns(self) -> bool:
         """Whether any sample has a target."""

@@ -1,7 +1,8 @@
 """Stage 4: continues the contexts of encoded samples by beam search.
 
 Reads ``--data`` (src/gpt2_encode.py makes it) and the weights that src/gpt2_ft.py saved; writes
-one JSON line a sample, its id and the predicted token ids, to WORK_DIR/OUTPUT_FILE.
+one JSON line a sample to WORK_DIR/OUTPUT_FILE: its id, ``--eval_len`` token ids, and how many of
+them, from the first on, are predicted; the others are zeros, as in the original.
 """
 
 import argparse
@@ -88,6 +89,24 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
             else value for name, value in vars(args).items() if name not in FREE_FLAGS}
 
 
+def report_cuts(args: argparse.Namespace, samples: list[tuple[list[int], list[int]]]) -> None:
+    """Logs how many contexts lose their beginning, and how many completions are longer."""
+    keep, parts = args.seq_len - args.eval_len, []
+    for what, limit, lengths in (
+            (f"contexts lose their beginning, being longer than {keep} tokens (--seq_len "
+             f"{args.seq_len} less --eval_len {args.eval_len})", keep,
+             [len(context) for context, _ in samples]),
+            (f"completions are longer than --eval_len {args.eval_len}", args.eval_len,
+             [len(completion) for _, completion in samples])):
+        cut = sum(length > limit for length in lengths)
+        if cut:
+            parts.append(f"{cut} of {len(samples)} {what}, by up to {max(lengths) - limit}")
+    if parts:
+        room = max(args.eval_len, *(len(completion) for _, completion in samples))
+        log(f"{args.data}: {'; '.join(parts)}; raise --eval_len to {room} and --seq_len to "
+            f"{room + max(len(context) for context, _ in samples)} to cut none")
+
+
 def make_generator(args: argparse.Namespace):
     """The model with its weights, in the form that can only generate."""
     import checkpoint
@@ -131,8 +150,10 @@ def main() -> None:
     from dataset import FTDataset  # needs Jittor, see backend
 
     card = MODEL_CARDS[args.model_card]
-    queries = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
-                        vocab_size=card.vocab_size, n_positions=card.n_positions).queries()
+    data = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
+                     vocab_size=card.vocab_size, n_positions=card.n_positions)
+    queries = data.queries()
+    report_cuts(args, data.samples)
     distinct = sorted(dict.fromkeys(queries), key=len)
     settings = settings_of(args)
     processes.check_same({**vars(args), **settings})
@@ -154,13 +175,14 @@ def main() -> None:
         state.begin()
         continued = bool(state.answers)
         search(args, generator, distinct, state)
-        predictions = np.zeros((len(distinct), args.eval_len), np.int32)
+        table = np.zeros((len(distinct), 1 + args.eval_len), np.int32)  # a length, token ids
         for number in range(processes.rank(), len(distinct), processes.world_size()):
-            predictions[number] = state.answers[number]
-        answers = dict(zip(distinct, processes.total_array(predictions).tolist()))
+            ids = state.answers[number]
+            table[number, 0], table[number, 1:1 + len(ids)] = len(ids), ids
+        answers = dict(zip(distinct, processes.total_array(table).tolist()))
         if processes.rank() == 0:
-            write_jsonl(output, ({"id": i, "predict": answers[query]}
-                                 for i, query in enumerate(queries)))
+            write_jsonl(output, ({"id": i, "predict": answers[query][1:],
+                                  "length": answers[query][0]} for i, query in enumerate(queries)))
             state.finish(None if continued else round(
                 len(queries) / (time.perf_counter() - started), 2))
     took = time.perf_counter() - started

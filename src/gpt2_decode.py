@@ -93,15 +93,20 @@ def decode_samples(path: str, samples: list[dict], encoder: Encoder, keys: list[
                    groups: dict[Hashable, Group], input_file: str) -> None:
     """Decodes the samples of a prediction file into their groups.
 
-    Raises InputError for an id beyond the input, for a token id outside the vocabulary, and for a
-    group without a sample.
+    Only the first ``length`` token ids of a sample, if it has one, are the prediction. Raises
+    InputError for an id beyond the input, for a token id outside the vocabulary, and for a group
+    without a sample.
     """
     for line, sample in enumerate(samples, start=1):
         if sample["id"] >= len(keys):
             raise InputError(f"{path}:{line}: id {sample['id']}, but {input_file} has only "
                              f"{len(keys)} lines; give the file that the predictions are of")
+        length = sample.get("length", len(sample["predict"]))  # the original writes none
+        if type(length) is not int or not 0 <= length <= len(sample["predict"]):
+            raise InputError(f"{path}:{line}: \"length\" is not a number of tokens of \"predict\"; "
+                             "make the file with src/gpt2_beam.py")
         try:
-            prediction = clean(encoder.decode(sample["predict"]))
+            prediction = clean(encoder.decode(sample["predict"][:length]))
         except ValueError as error:
             raise InputError(f"{path}:{line}: {error}; give the vocabulary that the model was "
                              "trained with") from None

@@ -186,9 +186,13 @@ def read_data(args: argparse.Namespace):
         if not data.learns():
             raise InputError(f"{path}: no sample has a token of its completion within --seq_len "
                              f"{args.seq_len}; raise it")
-        if data.cut_off():
-            log(f"{path}: {data.cut_off()} of {len(data.samples)} samples lose their whole "
-                f"completion to --seq_len {args.seq_len}; raise it to learn from them")
+        lost = data.lost()
+        if any(lost):
+            wholly = sum(n == len(sample[1]) > 0 for n, sample in zip(lost, data.samples))
+            longest = max(len(context + completion) for context, completion in data.samples)
+            log(f"{path}: {sum(map(bool, lost))} of {len(lost)} completions are cut at --seq_len "
+                f"{args.seq_len}, by up to {max(lost)} tokens, {wholly} of them wholly; raise it "
+                f"to {longest} to learn from all")
         sets.append(data)
     if not sets[0].full_batches(processes.world_size()):
         raise InputError(f"{args.train_data}: {len(sets[0].samples)} samples are not a batch of "
@@ -248,6 +252,9 @@ def main() -> None:
     train_data, valid_data = read_data(args)
     max_step = args.max_step or -(-args.max_epoch * train_data.num_batches
                                   // processes.world_size())
+    if args.warmup_step >= max_step and args.scheduler in ("linear", "constant", "cosine"):
+        log(f"--warmup_step {args.warmup_step}: the run has only {max_step} micro-batches, so its "
+            f"learning rate never reaches --lr {args.lr:g}; lower it")
     settings = settings_of(args)
     processes.check_same({**vars(args), **settings})
     options = RunOptions(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
@@ -132,6 +133,10 @@ class TrainingRun:
         self.trainer, self.train_data, self.valid_data = trainer, train_data, valid_data
         self.options, self.say = options, say
         self.counters = Counters()
+        self.last_step = options.max_step
+        if options.max_epoch:
+            epoch = train_data.full_batches(processes.world_size())
+            self.last_step = min(options.max_step, options.max_epoch * epoch)
         self.writes = processes.rank() == 0
         self.only_lora = trainer.model.lora_config.r > 0  # only LoRA trains
 
@@ -155,15 +160,15 @@ class TrainingRun:
             counters.log_count += 1
             on_step(f"loss {loss:.2f}, ppl {_ppl(counters.log_sum / counters.log_count):.2f}")
 
-            if step % options.log_interval == 0:
+            if step % options.log_interval == 0 or step == self.last_step:
                 self._log_step(epoch, index, loss, last_log)
                 last_log = step, time.perf_counter()
-            if step % options.save_interval == 0 and step < options.max_step:
+            if step % options.save_interval == 0 and step < self.last_step:
                 self._save_checkpoint()
             valid_loss = self._validate() if step % options.eval_interval == 0 else None
             self.log.metrics(step, epoch, trainer.schedule(step - 1), loss, valid_loss,
                              milliseconds)
-            if step < options.max_step:
+            if step < self.last_step:
                 if processes.total_number(stop_requested()):  # in any process
                     self._stop()
                 if step % options.state_interval == 0:
@@ -173,6 +178,9 @@ class TrainingRun:
     def _begin(self, state: TrainState | None) -> Counters:
         """Restores ``state`` or, without one, removes what an earlier run left to resume from."""
         if state is not None:
+            if state.counters.step >= self.last_step:
+                raise InputError(f"{state.path}: after step {state.counters.step}, but the run has "
+                                 f"{self.last_step} steps; remove it")
             self.counters = state.counters
             self.trainer.gradients = state.restore(self.trainer.optimizer)
             self.trainer.steps = state.counters.step
@@ -190,13 +198,12 @@ class TrainingRun:
         """(epoch, number in it, batch) of the steps that are left; the numbers begin at 1."""
         trainer, data, world_size = self.trainer, self.train_data, processes.world_size()
         epochs, first = divmod(trainer.steps, data.full_batches(world_size))
-        last_epoch = self.options.max_epoch or self.options.max_step  # each has a step at least
-        for epoch in range(epochs + 1, last_epoch + 1):
+        for epoch in itertools.count(epochs + 1):
             batches = data.batches(trainer.options.seed, epoch, processes.rank(), world_size,
                                    drop_last=True, first=first)
             for index, batch in enumerate(batches, start=first + 1):
                 yield epoch, index, batch
-                if trainer.steps == self.options.max_step:
+                if trainer.steps == self.last_step:
                     return
             first = 0
 

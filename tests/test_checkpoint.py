@@ -365,3 +365,13 @@ def test_the_pytorch_side_of_the_experiment_reads_our_models(small_model, checkp
     card = {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 61, "n_positions": 40}
     opened = torch_side("load_into_model", path=str(tmp_path / "model.1.pt"), card=card, r=3)
     same(opened, weights_of(model))
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
+@pytest.mark.parametrize("other", ["h.0.ln_1.weight", "transformer.h.0.ln_1.g",
+                                   "module.transformer.h.0.ln_1.weight"])
+def test_two_names_of_one_weight(checkpoint, saved, small_model, name, other):
+    weights = base_of(small_model())
+    path = saved({**weights, other: weights["transformer.h.0.ln_1.weight"] + 1}, name)
+    with pytest.raises(InputError, match=r"holds transformer\.h\.0\.ln_1\.weight under two names"):
+        checkpoint.read_weights(path)

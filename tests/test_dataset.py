@@ -172,15 +172,16 @@ def test_a_context_longer_than_the_model(encoded):
     assert len(FTDataset(encoded([([1] * 1024, [2])]), 1, 8)) == 1
 
 
-@pytest.mark.parametrize("samples, cut, learns", [
-    ([([1] * 7, [2]), ([1] * 8, [2]), ([1] * 9, [2])], 2, True),  # seq_len is 8
-    ([([1] * 8, [2]), ([1] * 20, [2, 3])], 2, False),
-    ([([1], [])], 0, False),
+@pytest.mark.parametrize("samples, lost, learns", [
+    ([([1] * 7, [2]), ([1] * 8, [2]), ([1] * 9, [2])], [0, 1, 1], True),  # seq_len is 8
+    ([([1] * 8, [2]), ([1] * 20, [2, 3])], [1, 2], False),
+    ([([1] * 5, [2] * 3), ([1] * 5, [2] * 4), ([1] * 5, [2] * 9)], [0, 1, 6], True),
+    ([([1], []), ([1] * 9, [])], [0, 0], False),
 ])
-def test_completions_that_are_cut_off(encoded, samples, cut, learns):
+def test_completions_that_are_cut(encoded, samples, lost, learns):
     path = encoded(samples)
     data = FTDataset(path, 1, 8)
-    assert (data.cut_off(), data.learns()) == (cut, learns)
+    assert (data.lost(), data.learns()) == (lost, learns)
     assert learns == any(batch.mask.any() for batch in data.batches(1, 1))
     assert FTDataset(path, 1, 8, joint_lm=True).learns()
 

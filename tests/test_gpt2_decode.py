@@ -272,3 +272,21 @@ def test_a_full_disk_replaces_none_of_several_files(tmp_path):
         "ref.txt": "old", "pred.txt": "old"}
     stage.write_together(files)
     assert (tmp_path / "ref.txt").read_text() == "new\n"
+
+
+def test_a_prediction_ends_at_its_length(decode, sample):
+    """Only the file knows that zeros are no tokens: token 0 is "!"."""
+    records = [{"context": c, "completion": "x"} for c in "abc"]
+    samples = [{**sample(n, " It is.", 0, 0), "length": length}
+               for n, length in enumerate((3, 4, 0))]
+    process, _, predictions = decode(records, samples)
+    assert process.returncode == 0, process.stderr
+    assert predictions.read_text() == "It is.\nIt is.!\n\n"
+
+
+@pytest.mark.parametrize("length", [-1, 4, "3", None, True, 1.0])
+def test_a_length_that_is_none(decode, sample, length):
+    process, _, predictions = decode([{"context": "a", "completion": "x"}],
+                                     [{**sample(0, " It is."), "length": length}])
+    assert process.returncode == 1 and not predictions.exists()
+    assert 'sample_file:1: "length" is not a number of tokens of "predict"; ' in process.stderr

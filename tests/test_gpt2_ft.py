@@ -118,10 +118,10 @@ def test_log_lines_are_those_of_the_original(trained):
     trains = [match.groups() for match in map(train_line.fullmatch, lines) if match]
     valids = [match.groups() for match in map(valid_line.fullmatch, lines) if match]
     assert [(int(epoch), int(step), int(batch)) for epoch, step, batch, *_ in trains] == [
-        (2, 5, 1), (3, 10, 2)]
+        (2, 5, 1), (3, 10, 2), (3, 12, 4)]
     assert [len(trains[0][0]), len(trains[0][1]), len(trains[0][2])] == [3, 8, 6]
     assert [(int(nth), int(step)) for nth, step, *_ in valids] == [(1, 6), (2, 12)]
-    assert len(lines) == 4 and all(line in done.stdout.splitlines() for line in lines)
+    assert len(lines) == 5 and all(line in done.stdout.splitlines() for line in lines)
 
     losses = [float(row["loss"]) for row in rows(folder)]
     assert float(trains[1][4]) == pytest.approx(losses[9], abs=0.0051)
@@ -234,8 +234,50 @@ def test_completions_beyond_seq_len(train_here, base, tmp_path, monkeypatch):
     done = train_here(tmp_path / "out", "--train_data", bad, "--valid_data", bad,
                       "--seq_len", 4, "--max_step", 1, "--init_checkpoint", base)
     assert done.returncode == 0, done.stderr
-    assert said.count(f"{bad}: 1 of 2 samples lose their whole completion to --seq_len 4; raise "
-                      "it to learn from them") == 2  # for the training and for the validation data
+    # for the training and for the validation data
+    assert said.count(f"{bad}: 1 of 2 completions are cut at --seq_len 4, by up to 1 tokens, 1 of "
+                      "them wholly; raise it to 5 to learn from all") == 2
+
+
+def test_a_warm_up_as_long_as_the_run_is_reported(train_here, base, tmp_path, monkeypatch):
+    import gpt2_ft
+
+    said = []
+    monkeypatch.setattr(gpt2_ft, "log", said.append)
+    for flags, reported in ((["--max_step", 4], True), (["--max_step", 5], False),
+                            (["--max_step", 4, "--scheduler", "inv_sqrt"], False)):
+        said.clear()
+        done = train_here(tmp_path, "--warmup_step", 4, "--init_checkpoint", base, *flags)
+        assert done.returncode == 0, done.stderr
+        assert any(line == "--warmup_step 4: the run has only 4 micro-batches, so its learning "
+                   "rate never reaches --lr 0.01; lower it" for line in said) == reported
+
+
+@pytest.mark.parametrize("flags, steps", [
+    (["--max_step", 2], [2]), (["--max_step", 7], [5, 7]), (["--max_epoch", 1], [4])])
+def test_the_last_step_is_logged(train_here, base, tmp_path, flags, steps):
+    done = train_here(tmp_path, "--init_checkpoint", base, "--eval_interval", 100, *flags)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [int(line.split()[4]) for line in lines] == steps
+
+
+def test_a_state_after_the_end_of_the_run(train_here, base, tmp_path):
+    import train_state
+    from runtime import torch_file
+
+    train_here(tmp_path, "--init_checkpoint", base, "--max_step", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_state, "remove", lambda *_, **__: None)
+        assert train_here(tmp_path, "--init_checkpoint", base, "--max_step", 3, "--state_interval",
+                          1).returncode == 0
+    (tmp_path / "finished.json").unlink()
+    state = torch_file.load(tmp_path / "resume.2.pt")
+    about = json.loads(state["about"])
+    about["counters"]["step"] = 3
+    torch_file.save(tmp_path / "resume.3.pt", {**state, "about": json.dumps(about)})
+    fails(train_here(tmp_path, "--init_checkpoint", base, "--max_step", 3, "--resume"),
+          tmp_path / "resume.3.pt", "after step 3, but the run has 3 steps; remove it")
 
 
 def test_lora_alone_as_init_checkpoint(train_here, trained, tmp_path):
@@ -370,6 +412,36 @@ def test_an_interrupted_beam_search_goes_on(search, tmp_path):
     assert search("--resume") == (0, "", 3, whole)
 
 
+@pytest.mark.parametrize("seq_len", [24, 8])
+def test_beam_search_reports_what_is_cut(search, tmp_path, monkeypatch, seq_len):
+    import gpt2_beam
+
+    said = []
+    monkeypatch.setattr(gpt2_beam, "log", said.append)
+    lines = [([1] * 3, [2] * 4), ([1] * 4, [2] * 4), ([1] * 5, [2] * 6), ([1] * 2, [2] * 5)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"context": c, "completion": d}) + "\n" for c, d in lines))
+    assert search("--data", data, "--seq_len", seq_len)[:2] == (0, "")
+    cut = [line for line in said if "longer than" in line]
+    assert cut == ([f"{data}: 1 of 4 contexts lose their beginning, being longer than 4 tokens "
+                    "(--seq_len 8 less --eval_len 4), by up to 1; 2 of 4 completions are longer "
+                    "than --eval_len 4, by up to 2; raise --eval_len to 6 and --seq_len to 11 to "
+                    "cut none"] if seq_len == 8 else
+                   [f"{data}: 2 of 4 completions are longer than --eval_len 4, by up to 2; raise "
+                    "--eval_len to 6 and --seq_len to 11 to cut none"])
+
+
+def test_predictions_end_with_the_sequence(search, tmp_path):
+    """Each of the vocabulary's tokens but one ends a sequence: most predictions have one token."""
+    ends = [flag for token in range(1, 50257) for flag in ("--eos_token_id", token)]
+    code, said, _, output = search(*ends)
+    assert (code, said) == (0, "")
+    for record in map(json.loads, output.decode().splitlines()):
+        assert len(record["predict"]) == 4 and 1 <= record["length"] <= 4
+        assert record["predict"][record["length"]:] == [0] * (4 - record["length"])
+        assert record["length"] == 4 or record["predict"][record["length"] - 1] != 0
+
+
 def test_a_state_of_another_beam_search(search, tmp_path):
     whole = search("--beam", 2)[3]
     (tmp_path / "out.jsonl").unlink()
@@ -382,7 +454,7 @@ def test_a_state_of_another_beam_search(search, tmp_path):
 
 @pytest.mark.parametrize("lines", [
     [], [b"{"], [b"null"], [b"{}"], [b'{"settings": 1}', b"[9, [1, 1, 1, 1]]"],
-    [b"HEADER", b"[0, [1, 1, 1]]"], [b"HEADER", b"[3, [1, 1, 1, 1]]"], [b"HEADER", b"[0]"],
+    [b"HEADER", b"[0, [1, 1, 1, 1, 1]]"], [b"HEADER", b"[3, [1, 1, 1, 1]]"], [b"HEADER", b"[0]"],
     [b"HEADER", b'[0, [1, 1, 1, "x"]]'], [b"HEADER", b"[0, [1, 1, 1, -1]]"], [b"HEADER", b"7"],
     [b"HEADER", b"\xff"], [b"[" * 100000]])
 def test_a_damaged_state_of_a_beam_search(search, tmp_path, lines):

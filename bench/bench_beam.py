@@ -18,6 +18,7 @@ from shared import (
     BEAM,
     MODEL_CARDS,
     TRAIN,
+    ArgumentParser,
     FTDataset,
     InputError,
     Progress,
@@ -35,9 +36,7 @@ IN_BATCHES = ("ours", "ctranslate2")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run.sh beam",
-                                     description=(__doc__ or "").partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__, prog="bench/run.sh beam")
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights, the last "
                         "model.STEP.pt of src/gpt2_ft.py; if it is not given: random weights, "

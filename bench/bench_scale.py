@@ -17,7 +17,17 @@ from statistics import mean
 import report
 import samples
 import weights
-from shared import BEAM, MODEL_CARDS, TRAIN, FTDataset, Progress, at_least, log, run
+from shared import (
+    BEAM,
+    MODEL_CARDS,
+    TRAIN,
+    ArgumentParser,
+    FTDataset,
+    Progress,
+    at_least,
+    log,
+    run,
+)
 from workers import Worker, in_turns
 
 SIDES = {"ours": "side_jittor.py", "align": "side_align.py"}
@@ -41,9 +51,7 @@ def cards(text: str) -> list[str]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run.sh scale",
-                                     description=(__doc__ or "").partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__, prog="bench/run.sh scale")
     parser.add_argument("--cards", type=cards, default="gpt2.nano,gpt2.sm", help="sizes of GPT-2")
     parser.add_argument("--batch_sizes", type=numbers, default="1,2,4,8",
                         help=f"batch sizes of training, at {TRAIN['seq_len']} tokens")

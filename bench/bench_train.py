@@ -28,6 +28,7 @@ from shared import (
     ROOT,
     TRAIN,
     WORK,
+    ArgumentParser,
     FTDataset,
     InputError,
     Progress,
@@ -44,9 +45,7 @@ SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (128, 768, 3072)]  # (m, k) x 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run.sh train",
-                                     description=(__doc__ or "").partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__, prog="bench/run.sh train")
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     parser.add_argument("--rounds", type=at_least(1), default=8, help="blocks of each side")
     parser.add_argument("--block", type=at_least(1), default=4,

@@ -7,8 +7,9 @@ import json
 import re
 
 import pytest
-import record_scores
 from conftest import run_main
+
+import record_scores
 
 SCORES = "SCORES:\n=====\nBLEU: 0.5\nNIST: 6.25\nMETEOR: 0.4\nROUGE_L: 0.6\nCIDEr: 3.1\n\n"
 

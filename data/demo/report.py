@@ -7,13 +7,13 @@ Reads what work.sh wrote to WORK_DIR: ref.txt, {base,lora}.txt and {base,lora}_s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from runtime.errors import InputError  # noqa: E402
+from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.formats import read_jsonl, read_lines  # noqa: E402
 from runtime.script import run  # noqa: E402
 
@@ -22,7 +22,7 @@ SAMPLES = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = ArgumentParser(__doc__)
     parser.add_argument("test_formatted", help="the test samples as text (.jsonl)")
     parser.add_argument("work_dir", type=Path, help="folder with the results of work.sh demo")
     args = parser.parse_args()

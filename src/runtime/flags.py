@@ -94,8 +94,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser whose ``--help`` shows the first line of a script's docstring and the defaults.
 
     A mistake in the flags ends with one line and exit code 2. ``prog`` is the command in the help,
-    where that is not the script. If the parser has a ``section``, it replaces the word ``@FILE`` by the flags in that section of FILE;
-    flags after ``@FILE`` override those in it.
+    where that is not the script. If the parser has a ``section``, it replaces the word ``@FILE`` by
+    the flags in that section of FILE; flags after ``@FILE`` override those in it.
     """
 
     def __init__(self, doc: str | None, section: str | None = None,  # no doc under python -OO

@@ -180,12 +180,11 @@ def main() -> None:
             ids = state.answers[number]
             table[number, 0], table[number, 1:1 + len(ids)] = len(ids), ids
         answers = dict(zip(distinct, processes.total_array(table).tolist()))
+        took = time.perf_counter() - started
         if processes.rank() == 0:
             write_jsonl(output, ({"id": i, "predict": answers[query][1:],
                                   "length": answers[query][0]} for i, query in enumerate(queries)))
-            state.finish(None if continued else round(
-                len(queries) / (time.perf_counter() - started), 2))
-    took = time.perf_counter() - started
+            state.finish(None if continued else round(len(queries) / took, 2))
     log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
         f"{len(queries) / took:.2f} samples/s; saved {output}")
 

@@ -112,7 +112,7 @@ def test_experiment(copy):
     assert (row["data"], row["card"], row["rank"], row["alpha"], row["seed"], row["steps"]) == (
         "./data/e2e", "gpt2.nano", "4", "32", "2025", "10")
     assert f"BLEU: {row['BLEU']}\n" in done.stdout and f"CIDEr: {row['CIDEr']}\n" in done.stdout
-    assert f" {row['samples_per_s']} samples/s; saved " in done.stdout
+    assert f" {float(row['samples_per_s']):.2f} samples/s; saved " in done.stdout
     assert (out / "model.best.pt").is_file() and done.stdout.count("| valid loss ") == 2
 
 

@@ -52,7 +52,7 @@ check 'auto|cpu|cuda' "auto, cpu or cuda" DEVICE
 check 'auto|yes|no' "auto, yes or no (see --resume of src/gpt2_ft.py)" RESUME
 check 'gpt2\.(nano|sm|md|lg)' "gpt2.nano, gpt2.sm, gpt2.md or gpt2.lg" MODEL_CARD
 check '[1-9][0-9]{0,8}' "a whole number from 1 on" NPROC EPOCHS BATCH_SIZE GRAD_ACC LOG_INTERVAL \
-    BEAM_BATCH_SIZE BASE_STEPS
+    EVAL_INTERVAL BEAM_BATCH_SIZE BASE_STEPS
 check '[0-9]{1,10}' "a whole number from 0 on" WARMUP_STEPS SEED LORA_DIM LORA_ALPHA
 check '([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]{1,2})?' "a number such as 0.0002" LEARNING_RATE
 check '[^-@].*' "a path, with ./ before the first - or @" WORK_DIR DATA INIT_CHECKPOINT
@@ -88,10 +88,26 @@ need() {  # FILE COMMAND_THAT_MAKES_IT
     fi
 }
 
+# A number above 0 that the last of the flag files to have this flag gives it, else DEFAULT.
+flag() {  # NAME DEFAULT
+    { echo "$2"; sed -n "s/^$1 *[=:] *\([1-9][0-9]*\) *$/\1/p" "${flags[@]#@}"; } | tail -n 1
+}
+
+# The steps of an epoch, if the flags would validate less often than that: a short run, too, gets a
+# validation curve and model.best.pt. The defaults are those of src/gpt2_ft.py.
+short_epoch() {
+    local samples batch steps
+    samples="$(grep -c '' "$DATA/train.jsonl" 2> /dev/null || true)"
+    batch="${BATCH_SIZE:-$(flag train_batch_size 8)}"
+    steps=$(( (${samples:-0} + batch - 1) / batch / NPROC ))
+    (( steps == 0 || steps >= $(flag eval_interval 2000) )) || echo "$steps"
+}
+
 fine_tune() {  # BASE_CHECKPOINT
+    EVAL_INTERVAL="${EVAL_INTERVAL:-$(short_epoch)}"
     override MODEL_CARD=model_card EPOCHS=max_epoch BATCH_SIZE=train_batch_size GRAD_ACC=grad_acc \
         LEARNING_RATE=lr WARMUP_STEPS=warmup_step LORA_DIM=lora_dim LORA_ALPHA=lora_alpha \
-        LOG_INTERVAL=log_interval SEED=random_seed
+        LOG_INTERVAL=log_interval EVAL_INTERVAL=eval_interval SEED=random_seed
     launch src/gpt2_ft.py "${flags[@]}" "${overrides[@]}" \
         --train_data "$DATA/train.jsonl" \
         --valid_data "$DATA/valid.jsonl" \
@@ -121,13 +137,16 @@ decode() {  # PREDICTIONS REFERENCES_OUT TEXT_OUT
         --output_pred_file "$3"
 }
 
-score() {  # REFERENCES TEXT
-    python eval/e2e/measure_scores.py "$1" "$2" -p
-}
-
+# Scores that lack METEOR are kept, too; then `status` becomes the exit code of the scoring.
 score_to() {  # SCORES_OUT REFERENCES TEXT
-    score "$2" "$3" > "$1.part"
+    local code=0
+    python eval/e2e/measure_scores.py "$2" "$3" -p > "$1.part" || code=$?
+    if (( code )) && [[ ! -s "$1.part" ]]; then
+        rm "$1.part"
+        exit "$code"
+    fi
     mv "$1.part" "$1"
+    (( code == 0 )) || status="$code"
 }
 
 # The checkpoint of the last training run, after its last step. The folder may also hold those of
@@ -141,7 +160,7 @@ last_checkpoint() {  # FOLDER
 }
 
 run_e2e() {
-    local base checkpoint step predictions
+    local base checkpoint step predictions texts status=0
     MODEL_CARD="${MODEL_CARD:-$(sed -n 's/^model_card *= *//p' data/e2e.ini)}"
     case "$MODEL_CARD" in
     gpt2.sm) base=gpt2-pytorch_model.bin ;;
@@ -165,13 +184,19 @@ run_e2e() {
     step="${step%.pt}"
     predictions="predict.$step.b10p08r4.jsonl"
     generate "$checkpoint" "$predictions"
-    setup_lock trained_models e2e_text wait  # these two files belong to all runs in this clone
-    decode "$WORK_DIR/$predictions" e2e_ref.txt e2e_pred.txt
-    score e2e_ref.txt e2e_pred.txt
+    texts="${WORK_DIR%/}/"
+    # The user's document has these names in the root, which belongs to the default folder alone.
+    [[ ! "$WORK_DIR" -ef ./trained_models/GPT2_M/e2e ]] || texts=""
+    decode "$WORK_DIR/$predictions" "${texts}e2e_ref.txt" "${texts}e2e_pred.txt"
+    score_to "$WORK_DIR/scores.txt" "${texts}e2e_ref.txt" "${texts}e2e_pred.txt"
+    cat "$WORK_DIR/scores.txt"
+    python eval/e2e/record_scores.py "$WORK_DIR" "$DATA" scores.txt "$predictions"
+    echo "texts: ${texts}e2e_ref.txt, ${texts}e2e_pred.txt; scores: $WORK_DIR/scores.txt"
+    return "$status"
 }
 
 run_demo() {
-    local base name
+    local base name status=0
     prepare
     setup_lock "$DATA" data "wait until it ends, or set WORK_DIR and DATA to other folders"
     echo "== a corpus in E2E's format, and a broader one to pretrain on"
@@ -194,7 +219,9 @@ run_demo() {
     decode "$WORK_DIR/lora.jsonl" "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt"
     score_to "$WORK_DIR/base_scores.txt" "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt"
     score_to "$WORK_DIR/lora_scores.txt" "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt"
+    python eval/e2e/record_scores.py "$WORK_DIR" "$DATA" lora_scores.txt lora.jsonl
     python data/demo/report.py "$DATA/test_formatted.jsonl" "$WORK_DIR"
+    return "$status"
 }
 
 pretrain() {

@@ -20,7 +20,16 @@ from pathlib import Path
 
 import report
 import summary
-from common import ROOT, InputError, log, read_flags, read_jsonl, run, write_jsonl
+from common import (
+    ROOT,
+    ArgumentParser,
+    InputError,
+    log,
+    read_flags,
+    read_jsonl,
+    run,
+    write_jsonl,
+)
 
 RESULTS = ROOT / "align" / "results"
 PUBLISHED = {"gpt2.sm": "gpt2", "gpt2.md": "gpt2-medium", "gpt2.lg": "gpt2-large"}
@@ -31,8 +40,7 @@ FILES = ("train.jsonl", "valid.jsonl", "test.jsonl", "test_formatted.jsonl")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="align/run.sh",
-                                     description=(__doc__ or "").partition("\n")[0])
+    parser = ArgumentParser(__doc__, prog="align/run.sh")
     parser.add_argument("data", help="demo (needs bash work.sh demo), e2e, or a folder with "
                         + ", ".join(FILES))
     parser.add_argument("--strict", action="store_true",
@@ -46,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, help="number of different inputs from the start "
                         "of the test set (default: all)")
     parser.add_argument("--batch_sizes", default="1 8", help="batch sizes of Jittor's beam search; "
-                        'PyTorch takes one input at a time (default: "1 8")')
+                        'PyTorch takes one input at a time')
     parser.add_argument("--train_flags", default="", help="flags for both training scripts, e.g. "
                         '--train_flags="--lr 0.001 --warmup_step 10"')
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="cpu")

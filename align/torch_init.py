@@ -8,17 +8,15 @@ Without ``--lora_dim`` these are a whole GPT-2; with it, LoRA matrices only, dra
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 import torch_model
-from common import log, run
+from common import ArgumentParser, log, run
 from torch_flags import at_least
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes random weights to start from.")
+    parser = ArgumentParser("Writes random weights to start from.")
     parser.add_argument("--model_card", required=True, choices=list(torch_model.CARDS))
     parser.add_argument("--lora_dim", type=at_least(0), default=0, help="rank r; 0: a base")
     parser.add_argument("--random_seed", type=at_least(0), default=10)

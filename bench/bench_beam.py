@@ -18,6 +18,7 @@ from shared import (
     BEAM,
     MODEL_CARDS,
     TRAIN,
+    ArgumentParser,
     FTDataset,
     InputError,
     Progress,
@@ -30,14 +31,12 @@ from workers import Worker, in_turns
 SCRIPTS = {"ours": "side_jittor.py", "ctranslate2": "side_ctranslate2.py",
            "generate": "side_transformers.py", "align": "side_align.py"}
 NAMES = {"ours": "ours (Jittor)", "ctranslate2": "CTranslate2",
-         "generate": "transformers `generate`", "align": "align (PyTorch)"}
+         "generate": "transformers `generate`", "align": "PyTorch (align)"}
 IN_BATCHES = ("ours", "ctranslate2")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run.sh beam",
-                                     description=(__doc__ or "").partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__, prog="bench/run.sh beam")
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="trained weights, the last "
                         "model.STEP.pt of src/gpt2_ft.py; if it is not given: random weights, "
@@ -91,7 +90,7 @@ def search(worker: Worker, queries: list, batch_size: int, **flags) -> dict:
 
 
 def alternate(workers: dict[str, Worker], queries: list, blocks: int, batch_size: int) -> dict:
-    """Speed, ratio and agreement of all sides on the same blocks of ``batch_size`` queries."""
+    """Speed, its ratio and agreement of all sides on the same blocks of ``batch_size`` queries."""
     paces, ids = {side: [] for side in workers}, {side: [] for side in workers}
 
     def ask(side: str, block: int) -> dict:
@@ -123,10 +122,11 @@ def describe(args: argparse.Namespace, results: dict, one: dict, many: dict) -> 
     for batch_size, sides in ((1, one), (args.batch_size, many)):
         if sides:
             lines += report.table(
-                [f"batch size {batch_size}", "samples/s", "speed-up of ours [over blocks]",
+                [f"batch size {batch_size}", "samples/s", "our time / their time [over blocks]",
                  "same ids as ours"],
                 [[NAMES[side], report.cell(of_side["samples_per_s"], 3),
-                  report.cell(of_side["ratio"], 2), f"{of_side['agree']} of {of_side['samples']}"]
+                  report.cell(report.inverse(of_side["ratio"]), 3),
+                  f"{of_side['agree']} of {of_side['samples']}"]
                  for side, of_side in sides.items()])
     lines += ["align uses the same algorithm as ours, so its ids must be the same. CTranslate2 and "
               "`generate` have other rules for the end of a search, and `generate` also forbids "

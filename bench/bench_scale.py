@@ -17,11 +17,21 @@ from statistics import mean
 import report
 import samples
 import weights
-from shared import BEAM, MODEL_CARDS, TRAIN, FTDataset, Progress, at_least, log, run
+from shared import (
+    BEAM,
+    MODEL_CARDS,
+    TRAIN,
+    ArgumentParser,
+    FTDataset,
+    Progress,
+    at_least,
+    log,
+    run,
+)
 from workers import Worker, in_turns
 
 SIDES = {"ours": "side_jittor.py", "align": "side_align.py"}
-NAMES = {"ours": "ours (Jittor)", "align": "align (PyTorch)"}
+NAMES = {"ours": "ours (Jittor)", "align": "PyTorch (align)"}
 
 
 def numbers(text: str) -> list[int]:
@@ -41,9 +51,7 @@ def cards(text: str) -> list[str]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run.sh scale",
-                                     description=(__doc__ or "").partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__, prog="bench/run.sh scale")
     parser.add_argument("--cards", type=cards, default="gpt2.nano,gpt2.sm", help="sizes of GPT-2")
     parser.add_argument("--batch_sizes", type=numbers, default="1,2,4,8",
                         help=f"batch sizes of training, at {TRAIN['seq_len']} tokens")
@@ -145,7 +153,7 @@ def describe(results: dict) -> list[str]:
     for card, settings in results["training"].items():
         lines += report.table(
             [f"{card}, training: batch x tokens", *(f"{name}, ms/batch" for name in NAMES.values()),
-             "our time / align's time"],
+             "our time / their time"],
             [[f"{one['batch_size']} x {one['seq_len']}",
               *(report.cell(one[side], 1) for side in SIDES), report.cell(one["ratio"], 3)]
              for one in settings])
@@ -154,9 +162,9 @@ def describe(results: dict) -> list[str]:
     for card, settings in results["beam"].items():
         lines += report.table(
             [f"{card}, beam search: batch", *(f"{name}, samples/s" for name in NAMES.values()),
-             "speed-up of ours"],
+             "our time / their time"],
             [[one["batch_size"], *(report.cell(one[side], 3) for side in SIDES),
-              report.cell(one["ratio"], 2)] for one in settings])
+              report.cell(report.inverse(one["ratio"]), 3)] for one in settings])
     return lines
 
 
@@ -167,7 +175,7 @@ def figure(results: dict) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    drawing, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), dpi=120, layout="constrained")
+    drawing, panels = pyplot.subplots(1, 3, figsize=(13, 4.6), dpi=120, layout="constrained")
     for colour, card in enumerate(results["training"]):
         training = results["training"][card]
         curves = [("batch_size", [one for one in training if one["seq_len"] == TRAIN["seq_len"]]),
@@ -188,7 +196,7 @@ def figure(results: dict) -> bytes:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3, which="both")
-    panels[0].legend(fontsize="small")
+        axes.legend(fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     picture = io.BytesIO()
     drawing.savefig(picture, format="png", metadata={"Software": None})
     pyplot.close(drawing)

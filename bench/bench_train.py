@@ -28,6 +28,7 @@ from shared import (
     ROOT,
     TRAIN,
     WORK,
+    ArgumentParser,
     FTDataset,
     InputError,
     Progress,
@@ -38,15 +39,13 @@ from shared import (
 from workers import Worker, in_turns
 
 SIDES = {"ours": "side_jittor.py", "align": "side_align.py", "peft": "side_transformers.py"}
-NAMES = {"ours": "ours (Jittor)", "align": "align (PyTorch)", "peft": "transformers + peft"}
+NAMES = {"ours": "ours (Jittor)", "align": "PyTorch (align)", "peft": "transformers + peft"}
 PROGRAMS = {"ours": "src/gpt2_ft.py", "align": "align/torch_train.py"}
 SHAPES = [(1024, 1024, 1024), (2048, 2048, 2048), (128, 768, 3072)]  # (m, k) x (k, n)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run.sh train",
-                                     description=(__doc__ or "").partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(__doc__, prog="bench/run.sh train")
     parser.add_argument("--card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     parser.add_argument("--rounds", type=at_least(1), default=8, help="blocks of each side")
     parser.add_argument("--block", type=at_least(1), default=4,
@@ -204,7 +203,7 @@ def describe(args: argparse.Namespace, results: dict) -> list[str]:
               f"{results['data']}. {count} micro-batches of each side in alternating blocks of "
               f"{block}, after {results['warm_up']} to warm up. Medians [quartiles].", ""]
     lines += report.table(
-        ["", "ms/batch", "our time / its time [over blocks]", "GFLOP/s", "share of the limit"],
+        ["", "ms/batch", "our time / their time [over blocks]", "GFLOP/s", "share of the limit"],
         [[NAMES[side], cell(one["ms_per_batch"], 1), cell(results["ratios"].get(side), 3),
           cell(one["gflops"], 1), f"{one['of_limit']:.1%}"] for side, one in sides.items()])
     lines += [f"GFLOP/s: the operations that the task needs, {needed['median']:.1f} "

@@ -34,6 +34,12 @@ def ratio(blocks: list[list[float]], other: list[list[float]]) -> dict[str, floa
             **spread(np.median(a) / np.median(b) for a, b in zip(blocks, other))}
 
 
+def inverse(values: dict[str, float] | None) -> dict[str, float] | None:
+    """Of a :func:`ratio` of speeds, the ratio of times, in which the quartiles change places."""
+    swapped = {"q1": "q3", "q3": "q1"}
+    return values and {swapped.get(name, name): 1 / value for name, value in values.items()}
+
+
 def setting(starts: Iterable[dict], device: str) -> dict:
     """The conditions of a result; ``starts`` holds what the sides' ``start`` returned."""
     starts = list(starts)
@@ -86,7 +92,8 @@ def introduction(title: str, results: dict) -> list[str]:
     return [f"# {title}", "", f"    {results['command']}", "",
             f"Machine: {results['machine']}; {'/'.join(map(str, results['threads']))} threads per "
             f"side, {results['dtype']}, device {results['device']}. Versions: " + ", ".join(
-                f"{name} {version}" for name, version in results["versions"].items()) + ".", ""]
+                f"{name} {version}" for name, version in results["versions"].items()) + ".", "",
+            "A ratio is our time / their time: below 1, ours is faster.", ""]
 
 
 def write(name: str, results: dict, lines: list[str], picture: bytes | None = None) -> None:

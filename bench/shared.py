@@ -15,7 +15,7 @@ from config import MODEL_CARDS, GPT2Config  # noqa: E402
 from dataset import FTDataset  # noqa: E402
 from runtime import torch_file  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
-from runtime.flags import at_least, read_flags  # noqa: E402
+from runtime.flags import ArgumentParser, at_least, read_flags  # noqa: E402
 from runtime.formats import read_jsonl, replacing, write_jsonl  # noqa: E402
 from runtime.progress import Progress, log  # noqa: E402
 from runtime.script import run  # noqa: E402
@@ -40,5 +40,5 @@ BEAM = {"beam": int(_beam["beam"]), "eval_len": int(_beam["eval_len"]),
         "eos": [50256, int(_beam["eos_token_id"])]}
 
 __all__ = ["BEAM", "FLAGS", "LORA", "MODEL_CARDS", "RESULTS", "ROOT", "SAMPLES", "TRAIN", "WORK",
-           "FTDataset", "GPT2Config", "InputError", "Progress", "at_least", "log", "read_jsonl",
-           "replacing", "run", "torch_file", "write_jsonl"]
+           "ArgumentParser", "FTDataset", "GPT2Config", "InputError", "Progress", "at_least", "log",
+           "read_jsonl", "replacing", "run", "torch_file", "write_jsonl"]

@@ -8,7 +8,6 @@ The E2E NLG data set is by Novikova et al. (2017), CC BY-SA 4.0.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from runtime.download import fetch, git_blob_id, is_there  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
+from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.formats import replacing  # noqa: E402
 from runtime.progress import log  # noqa: E402
 from runtime.script import run  # noqa: E402
@@ -66,9 +66,9 @@ def fetch_all(url: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetches the official E2E files.")
+    parser = ArgumentParser("Fetches the official E2E files.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("data/e2e"), metavar="DIR",
-                        help="folder to write to (default: %(default)s)")
+                        help="folder to write to")
     folder = parser.parse_args().folder
     if os.environ.get("E2E_SOURCE"):
         copy_all(Path(os.environ["E2E_SOURCE"]), folder)

@@ -7,7 +7,6 @@ HF_ENDPOINT names a mirror of https://huggingface.co.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import urllib.error
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from runtime.download import TIMEOUT, USER_AGENT, fetch, sha256  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
+from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.progress import log  # noqa: E402
 from runtime.script import run  # noqa: E402
 
@@ -97,8 +97,8 @@ class _UntilStated(urllib.request.HTTPRedirectHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="download_pretrained_checkpoints.sh",
-                                     description="Fetches GPT-2 from Hugging Face.")
+    parser = ArgumentParser("Fetches GPT-2 from Hugging Face.",
+                            prog="download_pretrained_checkpoints.sh")
     parser.add_argument("cards", nargs="*", metavar="sm|md|lg", help="which sizes (default: sm)")
     cards = parser.parse_args().cards or ["sm"]
     for card in cards:

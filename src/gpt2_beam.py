@@ -173,17 +173,18 @@ def main() -> None:
     lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")
     with lock if processes.rank() == 0 else nullcontext():
         state.begin()
+        continued = bool(state.answers)
         search(args, generator, distinct, state)
         table = np.zeros((len(distinct), 1 + args.eval_len), np.int32)  # a length, token ids
         for number in range(processes.rank(), len(distinct), processes.world_size()):
             ids = state.answers[number]
             table[number, 0], table[number, 1:1 + len(ids)] = len(ids), ids
         answers = dict(zip(distinct, processes.total_array(table).tolist()))
+        took = time.perf_counter() - started
         if processes.rank() == 0:
             write_jsonl(output, ({"id": i, "predict": answers[query][1:],
                                   "length": answers[query][0]} for i, query in enumerate(queries)))
-            state.finish()
-    took = time.perf_counter() - started
+            state.finish(None if continued else round(len(queries) / took, 2))
     log(f"{len(queries)} samples ({len(distinct)} different contexts) in {took:.1f} s, "
         f"{len(queries) / took:.2f} samples/s; saved {output}")
 

@@ -261,7 +261,9 @@ def main() -> None:
         work_dir=args.work_dir, max_step=max_step, max_epoch=args.max_epoch,
         log_interval=args.log_interval, eval_interval=args.eval_interval,
         save_interval=args.save_interval, state_interval=args.state_interval,
-        keep_last=args.keep_last, settings=settings)
+        keep_last=args.keep_last, settings=settings,
+        title=f"{args.model_card}, {f'LoRA rank {args.lora_dim}' if args.lora_dim else 'no LoRA'}, "
+              f"{args.train_data}")
     if is_finished(args, settings):
         return
     require_memory(args, train_data)

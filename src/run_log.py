@@ -6,14 +6,35 @@ import csv
 import io
 import itertools
 import os
+import textwrap
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from runtime.errors import InputError
+from runtime.errors import InputError, one_line
 from runtime.formats import is_stream, replacing
 
 COLUMNS = ("step", "epoch", "lr", "loss", "valid_loss", "ms_per_batch")
 FILES = ("train.log", "metrics.csv")
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The words in loss.png: above it, and what the two curves are."""
+
+    title: str = ""
+    training: str = "training"
+    validation: str = "validation"
+
+
+def captions(title: str, label_smooth: float, joint_lm: bool) -> Captions:
+    """Says how the training loss differs from the validation loss, which shares its axis."""
+    differences = ["jlm: every token is a target"] * joint_lm
+    if label_smooth:
+        differences.append(f"label smoothing {label_smooth:g} raises it")
+    return Captions(title, f"training ({', '.join(differences)})" if differences else "training",
+                    "validation (clm: the completion's tokens)" if joint_lm else "validation")
 
 
 class RunLog:
@@ -22,12 +43,14 @@ class RunLog:
     Without ``sizes`` both files begin anew. With them, as :meth:`sync` returned them to the run
     that broke off, both are cut to these sizes and continued. Raises InputError if work_dir cannot
     be written or lacks the beginning of the files, or if one of them is a device or a pipe. If
-    ``write`` is false, it does nothing.
+    ``write`` is false, it does nothing. ``words`` are for the loss curve.
     """
 
     def __init__(self, work_dir: Path, say: Callable[[str], None],
-                 sizes: list[int] | None = None, write: bool = True):
+                 sizes: list[int] | None = None, write: bool = True,
+                 words: Captions | None = None):
         self.work_dir, self._say, self._write = work_dir, say, write
+        self.words = words or Captions()
         self.rows: list[tuple[int, float, float | None]] = []
         self._buffer = ""  # rows of metrics.csv that are not written yet
         if not write:
@@ -90,7 +113,7 @@ class RunLog:
         self._log.close()
         self._metrics.close()
         if self.rows:
-            draw_losses(self.work_dir / "loss.png", self.rows)
+            draw_losses(self.work_dir / "loss.png", self.rows, self.words)
 
     def _row(self, values: tuple) -> None:
         self._buffer += ",".join(map(str, values)) + "\n"
@@ -124,7 +147,15 @@ class RunLog:
                           "some space or choose another --work_dir")
 
 
-def draw_losses(path: Path, rows: list[tuple[int, float, float | None]]) -> None:
+def centred_means(values: list[float], half: int) -> list[float]:
+    """The mean of each value and of ``half`` on either side; fewer on both sides at the ends."""
+    sums = [0.0, *itertools.accumulate(values)]
+    sides = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+    return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(sides)]
+
+
+def draw_losses(path: Path, rows: list[tuple[int, float, float | None]],
+                words: Captions) -> None:
     """A PNG of (step, training loss, validation loss or None) rows, with a running mean."""
     import matplotlib
 
@@ -133,19 +164,23 @@ def draw_losses(path: Path, rows: list[tuple[int, float, float | None]]) -> None
 
     steps = [step for step, _, _ in rows]
     losses = [loss for _, loss, _ in rows]
+    half = len(rows) // 100
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8, label="training")
-    window = max(1, len(rows) // 50)
-    sums = [0.0, *itertools.accumulate(losses)]
-    means = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window)
-             for i in range(len(losses))]
-    axes.plot(steps, means, color="tab:blue", label=f"training, mean of {window}")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3 if half else 1.0, linewidth=0.8,
+              label=words.training)
+    if half:
+        axes.plot(steps, centred_means(losses, half), color="tab:blue",
+                  label=f"training, centred mean of {2 * half + 1}")
     valid = [(step, loss) for step, _, loss in rows if loss is not None]
     if valid:
-        axes.plot(*zip(*valid), "o-", color="tab:orange", label="validation")
+        axes.plot(*zip(*valid), "o-", color="tab:orange", label=words.validation)
+    # A path may hold dollar signs, which are no formula here, and characters that no font has.
+    axes.set_title(textwrap.fill(one_line(words.title), 100), fontsize="medium",
+                   parse_math=False)
     axes.set(xlabel="micro-batch", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as file:
+    with warnings.catch_warnings(), replacing(path) as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(file, format="png", metadata={"Software": None})
     pyplot.close(figure)

@@ -2,8 +2,9 @@
 
 ``WORK_DIR/OUTPUT_FILE.state`` holds a JSON line with the settings, then for each different context
 that was searched a line with its number and the predicted token ids. Of a finished search, only the
-settings and the SHA-256 of the output are left. If there are several processes, those other than 0
-add to ``OUTPUT_FILE.state.RANK``, and each reads the files of all.
+settings, the SHA-256 of the output and the speed are left, the speed only if the search was not
+continued. If there are several processes, those other than 0 add to ``OUTPUT_FILE.state.RANK``, and
+each reads the files of all.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ class SearchState:
                              "space or choose another --work_dir") from None
         self.answers.update(answers)
 
-    def finish(self) -> None:
-        """Notes that ``output`` is written; process 0 calls it."""
+    def finish(self, samples_per_s: float | None) -> None:
+        """Notes that ``output`` is written, and how fast; process 0 calls it."""
         for path in self.path.parent.glob(f"{self.path.name}.*"):
             path.unlink(missing_ok=True)
-        about: dict[str, object] = {"settings": self.settings}
+        about: dict[str, object] = {"settings": self.settings, "samples_per_s": samples_per_s}
         if self.output.is_file():
             about["sha256"] = sha256(self.output)
         with replacing(self.path) as file:

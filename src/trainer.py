@@ -18,7 +18,7 @@ import train_state
 from dataset import Batch, FTDataset
 from model import GPT2LMModel
 from optimizer import AdamW, Schedule, clip_gradients
-from run_log import RunLog
+from run_log import RunLog, captions
 from runtime import processes
 from runtime.errors import InputError, Interrupted
 from train_state import Counters, TrainState
@@ -119,6 +119,7 @@ class RunOptions:
     state_interval: int
     keep_last: int | None  # how many checkpoints before the last to keep; None: all
     settings: dict[str, object]  # what a run must share with the one that it resumes
+    title: str = ""  # of the loss curve
 
 
 class TrainingRun:
@@ -146,11 +147,12 @@ class TrainingRun:
         """Trains to the end and returns the last checkpoint, which has every weight.
 
         Continues from ``state``, if given, as if the run had never stopped. ``on_step`` gets the
-        loss and perplexity in words after each step. Raises InputError when the loss is no longer
-        finite, and Interrupted, after it saved the state, when ``stop_requested``.
+        mean loss since the last log line and its perplexity, in words, after each step. Raises
+        InputError when the loss is no longer finite, and Interrupted, after it saved the state,
+        when ``stop_requested``.
         """
         options, trainer, counters = self.options, self.trainer, self._begin(state)
-        last_log = trainer.steps, time.perf_counter()
+        first, last_log = trainer.steps, (trainer.steps, time.perf_counter())
         for epoch, index, batch in self._micro_batches():
             started = time.perf_counter()
             loss = self._step(batch)
@@ -158,10 +160,13 @@ class TrainingRun:
             step = trainer.steps
             counters.log_sum += loss
             counters.log_count += 1
-            on_step(f"loss {loss:.2f}, ppl {_ppl(counters.log_sum / counters.log_count):.2f}")
+            average = counters.log_sum / counters.log_count
+            on_step(f"avg loss {average:.2f}, ppl {_ppl(average):.2f}")
 
             if step % options.log_interval == 0 or step == self.last_step:
                 self._log_step(epoch, index, loss, last_log)
+                last_log = step, time.perf_counter()
+            elif step - first <= trainer.options.grad_acc:  # Jittor compiles up to the first update
                 last_log = step, time.perf_counter()
             if step % options.save_interval == 0 and step < self.last_step:
                 self._save_checkpoint()
@@ -191,7 +196,9 @@ class TrainingRun:
             train_state.remove(self.options.work_dir)
             (self.options.work_dir / train_state.FINISHED).unlink(missing_ok=True)
         self.log = RunLog(self.options.work_dir, self.say,
-                          state.counters.log_sizes if state else None, write=self.writes)
+                          state.counters.log_sizes if state else None, self.writes,
+                          captions(self.options.title, self.trainer.options.label_smooth,
+                                   self.train_data.joint_lm))
         return self.counters
 
     def _micro_batches(self) -> Iterator[tuple[int, int, Batch]]:

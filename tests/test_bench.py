@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,46 @@ def test_flops_of_a_matrix_product():
 def test_ratio_is_of_medians_and_its_spread_over_blocks():
     found = report.ratio([[1.0, 1.0, 9.0], [2.0], [3.0]], [[2.0], [2.0], [12.0]])
     assert found == {"of_medians": 1.0, "median": 0.5, "q1": 0.375, "q3": 0.75}
+
+
+def test_ratios_of_speeds_become_ratios_of_times():
+    ours, theirs = [[4.0], [5.0], [10.0]], [[1.0], [2.0], [5.0]]  # samples/s
+    of_times = report.ratio(*([[1 / pace] for (pace,) in side] for side in (ours, theirs)))
+    found = report.inverse(report.ratio(ours, theirs))
+    assert found["q1"] <= found["median"] <= found["q3"]
+    assert found["median"] == pytest.approx(of_times["median"])
+    assert found["of_medians"] == pytest.approx(of_times["of_medians"])
+    assert report.inverse(None) is None
+
+
+@pytest.mark.parametrize("name", ["beam", "scale", "train"])
+def test_all_tables_have_ratios_in_one_direction(name):
+    """Ours is the faster side in the results in the repository: every ratio is below 1."""
+    text = (ROOT / "bench/results" / f"{name}.md").read_text()
+    assert text.count("A ratio is our time / their time: below 1, ours is faster.") == 1
+    tables = [table.splitlines() for table in text.split("\n\n") if "our time" in table
+              and table.startswith("|")]
+    assert tables and not re.search("speed-up|faster by|ours takes", text)
+    for head, _, *rows in tables:
+        column = [cell.startswith(" our time / their time") for cell in head.split("|")].index(True)
+        ratios = [float(row.split("|")[column].split()[0]) for row in rows
+                  if row.split("|")[column].strip()]
+        assert ratios and max(ratios) < 1
+
+
+def test_every_panel_of_the_figure_has_a_legend(monkeypatch):
+    from matplotlib import pyplot
+
+    import bench_scale
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    results = json.loads((ROOT / "bench/results/scale.json").read_text())
+    assert bench_scale.figure(results).startswith(b"\x89PNG")
+    for axes in figures[-1].axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            f"{card}, {side}" for card in results["training"]
+            for side in ("ours (Jittor)", "PyTorch (align)")]
 
 
 def test_every_side_has_one_turn_a_round_in_changing_order(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -160,14 +161,42 @@ def test_help_names_the_section(capsys, monkeypatch):
         assert f"@FILE stands for the flags in section {section}" in said
 
 
+def scripts_in(root):
+    """Our scripts with flags, without those that import PyTorch first."""
+    paths = [path for folder in ("src", "eval", "align", "bench", "data", "vocab",
+                                 "pretrained_checkpoints") for path in (root / folder).rglob("*.py")
+             if not path.name.startswith("torch_")]
+    return [path for path in paths if "ArgumentParser(" in path.read_text()
+            and path.name != "flags.py"]
+
+
 def test_scripts_work_without_docstrings(root):
     """python -OO removes them, and the descriptions of --help are made of them."""
-    scripts = [path for folder in ("src", "eval", "align", "bench", "data")
-               for path in (root / folder).rglob("*.py") if "__doc__" in path.read_text()]
-    assert len(scripts) >= 10
-    for script in scripts:
+    assert len(scripts_in(root)) >= 15
+    for script in scripts_in(root):
         done = subprocess.run([sys.executable, "-OO", script, "--help"], capture_output=True)
         assert done.returncode == 0 and b"usage: " in done.stdout and not done.stderr, done.stderr
+        assert not re.search(rb"\(default:\s+(None|False|)\)", done.stdout), done.stdout
+
+
+def test_wrong_flags_end_with_one_line(root):
+    for script in scripts_in(root):
+        done = subprocess.run([sys.executable, script, "--no\nsuch"], capture_output=True,
+                              text=True)
+        assert done.returncode == 2 and not done.stdout
+        assert re.fullmatch(r"error: .+; --help lists the flags\n", done.stderr), done.stderr
+    for path in (root / "align").glob("torch_*.py"):
+        assert "argparse.ArgumentParser(" not in path.read_text()
+
+
+def test_help_shows_the_defaults_that_say_something():
+    parser = ArgumentParser("What it does.", prog="bash it.sh")
+    for flag, default in (("zero", 0), ("none", None), ("text", "a"), ("empty", "")):
+        parser.add_argument(f"--{flag}", default=default, help="Sets it.")
+    parser.add_argument("--switch", action="store_true", help="Sets it.")
+    said = parser.format_help()
+    assert said.startswith("usage: bash it.sh ")
+    assert re.findall(r"\(default: .*", said) == ["(default: 0)", "(default: a)"]
 
 
 # The experiment

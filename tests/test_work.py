@@ -6,6 +6,7 @@ Locks, the choice of the checkpoint and wrong values are tested with a stand-in 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -53,6 +54,9 @@ def test_demo_in_a_miniature(copy):
     assert sum(line.startswith("reference ") for line in table) == 12
     assert sum(line.startswith("LoRA ") for line in table) == 3
     folder = copy / "trained_models" / "demo"
+    row, = csv.DictReader(open(folder / "results.csv"))
+    assert (row["card"], row["steps"]) == ("gpt2.nano", "40")
+    assert row["CIDEr"] == table[2].split()[-1]
     assert (folder / "loss.png").is_file() and (folder / "base" / "loss.png").is_file()
     assert str(folder.relative_to(copy) / "loss.png") in table[-1]
     assert len((folder / "lora.txt").read_text().splitlines()) == 48
@@ -103,6 +107,13 @@ def test_experiment(copy):
     assert (copy / "e2e_ref.txt").read_text().count("\n\n") == 2  # six lines, two inputs
     assert len((copy / "e2e_pred.txt").read_text().splitlines()) == 2
     assert re.search(r"SCORES:\n=+\nBLEU: \d\.\d{4}\nNIST: ", done.stdout)
+    assert (out / "scores.txt").read_text() in done.stdout
+    row, = csv.DictReader(open(out / "results.csv"))
+    assert (row["data"], row["card"], row["rank"], row["alpha"], row["seed"], row["steps"]) == (
+        "./data/e2e", "gpt2.nano", "4", "32", "2025", "10")
+    assert f"BLEU: {row['BLEU']}\n" in done.stdout and f"CIDEr: {row['CIDEr']}\n" in done.stdout
+    assert f" {float(row['samples_per_s']):.2f} samples/s; saved " in done.stdout
+    assert (out / "model.best.pt").is_file() and done.stdout.count("| valid loss ") == 2
 
 
 def test_missing_files_name_the_command_that_fetches_them(copy, tmp_path):
@@ -121,7 +132,7 @@ def test_missing_files_name_the_command_that_fetches_them(copy, tmp_path):
 
 
 # Records its words. Training leaves the checkpoints STEPS and, if LAST is set, metrics.csv up to
-# LAST.
+# LAST. Scoring prints SCORES and ends with exit code SCORED.
 # The stage WAITS_IN ends when a line can be read from GATE.
 PYTHON = """#!/usr/bin/env bash
 [[ "${1:-}" == *.py ]] || exit 0
@@ -129,6 +140,7 @@ stage="$(basename "$1" .py)"
 printf '%q ' "$stage" "$@" >> "$CALLS"
 echo >> "$CALLS"
 [[ "$stage" != "${WAITS_IN:-}" ]] || read -r < "$GATE"
+[[ "$stage" != measure_scores ]] || { printf "${SCORES:-}"; exit "${SCORED:-0}"; }
 [[ "$stage" == gpt2_ft ]] || exit 0
 while [[ "$1" != --work_dir ]]; do shift; done
 mkdir -p "$2"
@@ -255,14 +267,60 @@ def test_the_lock_stays_while_a_program_of_a_killed_run_is_alive(clone):
     assert clone.run(WORK_DIR="out").returncode == 0
 
 
-def test_runs_in_different_folders_score_one_after_the_other(clone):
-    """All runs of a clone write e2e_ref.txt and e2e_pred.txt."""
-    first = clone.running_in("measure_scores", WORK_DIR="one")
-    second = clone.popen(WORK_DIR="two")
-    line = second.stderr.readline()
-    assert f"waiting for process {first.pid} on " in line, line
-    assert len(clone.called("gpt2_beam")) == 2 and len(clone.called("gpt2_decode")) == 1
-    assert clone.go_on(first, second) == [0, 0]
+def test_texts_and_scores_stay_in_their_work_dir(clone):
+    """The names in the root belong to the default folder, whatever it is called."""
+    default = clone.folder / "trained_models/GPT2_M/e2e"
+    (clone.folder / "link").symlink_to(default)
+    first = clone.running_in("measure_scores")
+    assert clone.run(WORK_DIR="out", SCORES="BLEU: 0.5\n").returncode == 0  # at the same time
+    assert clone.go_on(first) == [0]
+    for same in (default, "trained_models//GPT2_M/e2e/", "link"):
+        assert clone.run(WORK_DIR=same).returncode == 0
+    assert clone.run(WORK_DIR="my out/").returncode == 0
+    root, out, my_out = (["e2e_ref.txt", "e2e_pred.txt"], ["out/e2e_ref.txt", "out/e2e_pred.txt"],
+                         ["my out/e2e_ref.txt", "my out/e2e_pred.txt"])
+    texts = [root, out, root, root, root, my_out]
+    assert [words[1:3] for words in clone.called("measure_scores")] == texts
+    assert [[words[words.index(flag) + 1] for flag in ("--output_ref_file", "--output_pred_file")]
+            for words in clone.called("gpt2_decode")] == texts
+    assert (clone.folder / "out/scores.txt").read_text() == "BLEU: 0.5\n"
+    assert [words[1:] for words in clone.called("record_scores")][1:3] == [
+        [folder, "./data/e2e", "scores.txt", "predict.7.b10p08r4.jsonl"]
+        for folder in ("./trained_models/GPT2_M/e2e", str(default))]
+
+
+@pytest.mark.parametrize("words, name", [([], "scores.txt"), (["demo"], "lora_scores.txt")])
+def test_scores_without_meteor_are_kept(clone, words, name):
+    scores = clone.folder / "out" / name
+    done = clone.run(*words, WORK_DIR="out", DATA="data/e2e", SCORED=1)  # none at all
+    assert done.returncode == 1 and not clone.called("record_scores")
+    assert not list(scores.parent.glob("*scores.txt*"))
+    done = clone.run(*words, WORK_DIR="out", DATA="data/e2e", SCORES="BLEU: 0.5\n", SCORED=1)
+    assert done.returncode == 1 and scores.read_text() == "BLEU: 0.5\n"
+    assert len(clone.called("record_scores")) == 1
+    assert words or "BLEU: 0.5" in done.stdout and "out/scores.txt" in done.stdout
+
+
+@pytest.mark.parametrize("samples, words, variables, interval", [
+    (420, [], {}, 210), (421, [], {}, 211), (3, [], {"BATCH_SIZE": 8}, 1),
+    (420, [], {"BATCH_SIZE": 5}, 84), (420, [], {"EVAL_INTERVAL": 9}, 9),
+    (4000, [], {}, None), (3998, [], {}, 1999), (0, [], {}, None), (1600, ["demo"], {}, 200),
+])
+def test_validates_at_least_once_an_epoch(clone, samples, words, variables, interval):
+    (clone.folder / "data/e2e/train.jsonl").write_text("{}\n" * samples)
+    done = clone.run(*words, DATA="data/e2e", **variables)
+    assert done.returncode == 0, done.stderr
+    flags = clone.called("gpt2_ft")[-1]
+    found = flags[flags.index("--eval_interval") + 1] if "--eval_interval" in flags else None
+    assert found == (interval and str(interval))
+
+
+def test_flag_file_that_validates_more_often_decides(clone):
+    (clone.folder / "data/e2e/train.jsonl").write_text("{}\n" * 420)
+    with open(clone.folder / "data/e2e.ini", "a") as file:
+        file.write("\n[gpt2_ft]\neval_interval = 100\n")
+    assert clone.run().returncode == 0
+    assert "--eval_interval" not in clone.called("gpt2_ft")[0]
 
 
 @pytest.mark.parametrize("files, variables, chosen", [
@@ -290,7 +348,8 @@ def test_last_checkpoint(clone, files, variables, chosen):
     ([], {"RESUME": "maybe"}), ([], {"RESUME": "YES"}), ([], {"DEVICE": "tpu"}),
     (["demo"], {"DEVICE": "gpu"}), ([], {"MODEL_CARD": "gpt2"}),
     *((["demo"], {name: value}) for name in ("EPOCHS", "BATCH_SIZE", "BEAM_BATCH_SIZE",
-                                             "LOG_INTERVAL", "BASE_STEPS", "GRAD_ACC")
+                                             "LOG_INTERVAL", "BASE_STEPS", "GRAD_ACC",
+                                             "EVAL_INTERVAL")
       for value in ("0", "x", "-1")),
     *((["demo"], {name: value}) for name in ("SEED", "WARMUP_STEPS", "LORA_DIM", "LORA_ALPHA")
       for value in ("-1", "1.5")),

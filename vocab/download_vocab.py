@@ -8,7 +8,6 @@ damaged ones are replaced.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from runtime.download import sha256  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
+from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.formats import replacing  # noqa: E402
 from runtime.progress import log  # noqa: E402
 from runtime.script import run  # noqa: E402
@@ -64,7 +64,7 @@ def fill(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetches GPT-2's vocabulary files.")
+    parser = ArgumentParser("Fetches GPT-2's vocabulary files.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write to, e.g. vocab")
     folder = parser.parse_args().folder
     if lacking(folder):

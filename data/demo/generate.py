@@ -23,7 +23,6 @@ only the format is used.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import sys
@@ -32,6 +31,7 @@ from typing import Callable, Iterator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
+from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.formats import write_jsonl  # noqa: E402
 from runtime.script import run  # noqa: E402
 
@@ -158,9 +158,9 @@ def fresh_places(rng: random.Random) -> Iterator[Place]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the corpora of the embedded demo.")
+    parser = ArgumentParser("Writes the corpora of the embedded demo.")
     parser.add_argument("out_dir", type=Path, help="folder for the *_formatted.jsonl files")
-    parser.add_argument("--seed", type=int, default=2025, help="of the drawing (default: 2025)")
+    parser.add_argument("--seed", type=int, default=2025, help="of the drawing")
     args = parser.parse_args()
     for name, examples in generate(args.seed).items():
         write_jsonl(args.out_dir / f"{name}_formatted.jsonl", examples)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # for runt
 from challenge_files import Segment, load  # noqa: E402
 from metrics import coco  # noqa: E402
 from metrics.mteval import Bleu, Nist  # noqa: E402
+from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.formats import replacing  # noqa: E402
 from runtime.script import run  # noqa: E402
 
@@ -24,8 +25,7 @@ METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Scores predictions with the metrics of the E2E NLG challenge.")
+    parser = ArgumentParser(__doc__)
     parser.add_argument("ref_file", metavar="REF", help="references: one per line, an empty line "
                         "after those of each input (no empty line: one reference per input); or "
                         "a .tsv or .csv of sources and references")

@@ -81,16 +81,27 @@ def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:
     return dict(ini[section])
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "") or action.default is False:  # 0 is a value
+            return action.help
+        return super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose ``--help`` shows the first line of a script's docstring and the defaults.
 
-    If it has a ``section``, it replaces the word ``@FILE`` by the flags in that section of FILE;
-    flags after ``@FILE`` override those in it.
+    A mistake in the flags ends with one line and exit code 2. ``prog`` is the command in the help,
+    where that is not the script. If the parser has a ``section``, it replaces the word ``@FILE`` by
+    the flags in that section of FILE; flags after ``@FILE`` override those in it.
     """
 
-    def __init__(self, doc: str | None, section: str | None = None):  # None under python -OO
-        super().__init__(description=(doc or "").partition("\n")[0],
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    def __init__(self, doc: str | None, section: str | None = None,  # no doc under python -OO
+                 prog: str | None = None):
+        super().__init__(prog=prog, description=(doc or "").partition("\n")[0],
+                         formatter_class=_HelpFormatter,
                          epilog=section and f"@FILE stands for the flags in section [{section}] of "
                                             "a file, e.g. @data/e2e.ini")
         self.section = section
@@ -106,4 +117,5 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def error(self, message):
-        super().error(one_line(message))  # it may hold words of a file
+        # The message may hold words of a file. argparse would print the usage before it.
+        self.exit(2, f"error: {one_line(message)}; --help lists the flags\n")

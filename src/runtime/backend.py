@@ -163,16 +163,15 @@ def _find_home() -> str:
 @contextmanager
 def _environment(**variables: str) -> Iterator[None]:
     """Sets environment variables for a while."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = os.environ.copy()
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in variables:
+            del os.environ[name]
+            if name in before:
+                os.environ[name] = before[name]
 
 
 def _python() -> str:

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Converts raw text to token ids (stages 1 and 2) as the experiment does: 1/100 of the data, drawn
-# with a fixed seed. FRACTION=1 takes all of it, DATA_DIR sets another folder.
+# with a fixed seed. Usage: bash create_datasets.sh
+#
+# Variables: DATA_DIR (data/e2e) is the folder of train.txt, valid.txt and test.txt;
+# FRACTION (0.01) is the share of them to draw, 1 takes all.
 
 set -euo pipefail
+[[ " $* " != *\ @(-h|--help)\ * ]] || { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 path="${DATA_DIR:-data/e2e}"

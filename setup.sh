@@ -2,9 +2,13 @@
 # The other scripts source this file. Afterwards `python` has every package of requirement.txt.
 # This takes about a minute the first time, and a few milliseconds from then on.
 #
-# It uses the virtual or conda environment that is active, else it makes .venv beside this file. If
-# the compiler, Java, or (with NPROC above 1) Open MPI is missing, root installs it through apt-get;
-# for other users, an error message names it.
+# If the active virtual or conda environment has all packages, it is used as it is. Else .venv beside
+# this file is made and used. SETUP_ENV=active installs into the active environment instead, and
+# SETUP_ENV=own always uses .venv. A script that needs the packages of a further requirement file
+# sets `setup_extra` to its name before.
+#
+# If the compiler, Java, or (with NPROC above 1) Open MPI is missing, root installs it through
+# apt-get; for other users, an error message names it.
 #
 # A set-up may be killed at any moment: the file .begun-WORK exists in the environment while WORK
 # (venv, apt, or the name of a requirement file) is being done. If the next start finds it, that
@@ -12,6 +16,7 @@
 
 set -euo pipefail
 
+setup_file="${setup_extra:-requirement.txt}"
 setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 setup_python_tried="3.11 3.10 3.9 3.12"  # the first is preferred
 setup_gxx_tried="12"
@@ -56,16 +61,68 @@ setup_unlock_environment() {
     setup_environment_lock=""
 }
 
-# The folder of the environment to use: the active one, or our own, which may not exist yet.
-# Conda's `base` is not used, because conda itself runs in it and fails with other versions.
+# The lines of a requirement file and of the files that it includes.
+setup_requirements() {  # FILE
+    local line
+    while read -r line; do
+        if [[ "$line" == "-r "* ]]; then setup_requirements "${line#-r }"; else echo "$line"; fi
+    done < "$setup_root/$1"
+}
+
+# Prints the requirements that PYTHON's packages do not meet. Fails if PYTHON does not run.
+setup_unmet() {  # PYTHON REQUIREMENTS
+    "$1" - "$2" <<'END'
+import importlib.metadata, platform, re, sys
+values = {"python_version": sys.version_info[:2], "sys_platform": sys.platform,
+          "platform_machine": platform.machine()}
+for line in filter(None, sys.argv[1].splitlines()):
+    requirement, _, marker = line.partition(" ; ")
+    name, _, version = requirement.partition("==")
+    if not marker or eval(re.sub(r'"(\d+)\.(\d+)"', r"(\1, \2)", marker), values):
+        try:
+            if importlib.metadata.version(name).split("+")[0] != version:
+                print(requirement)
+        except importlib.metadata.PackageNotFoundError:
+            print(requirement)
+END
+}
+
+# Sets setup_environment to the folder of the environment to use, which may not exist yet, and
+# setup_is_ready if nothing is to be installed into it. Conda's `base` is not used, because conda
+# itself runs in it and fails with other versions.
 setup_choose_environment() {
+    local active="" unmet begun
     if [[ -x "${VIRTUAL_ENV:-}/bin/python" ]]; then
-        echo "$VIRTUAL_ENV"
+        active="$VIRTUAL_ENV"
     elif [[ -x "${CONDA_PREFIX:-}/bin/python" && "${CONDA_DEFAULT_ENV:-}" != base ]]; then
-        echo "$CONDA_PREFIX"
-    else
-        echo "$setup_root/.venv"
+        active="$CONDA_PREFIX"
     fi
+    setup_environment="$setup_root/.venv"
+    setup_is_ready=""
+    case "${SETUP_ENV:-auto}" in
+    own) ;;
+    active)
+        [[ -n "$active" ]] || setup_fail "SETUP_ENV=active: no environment is active (conda's base" \
+            "is not used); activate one"
+        setup_environment="$active" ;;
+    auto)
+        [[ -n "$active" && ! "$active" -ef "$setup_environment" ]] || return 0
+        "$active/bin/python" -c "" 2> /dev/null ||
+            setup_fail "$active/bin/python does not run; repair or deactivate it"
+        unmet="$(setup_unmet "$active/bin/python" "$(setup_requirements "$setup_file")" \
+            2> /dev/null)" || unmet="its Python is too old"
+        for begun in "$active"/.begun-*; do  # of a set-up with SETUP_ENV=active that was killed
+            [[ ! -e "$begun" ]] || unmet+=" (a set-up broke off)"
+        done
+        if [[ -z "$unmet" ]]; then
+            setup_environment="$active"
+            setup_is_ready=yes
+        else
+            setup_say "$active does not have the packages of $setup_file (${unmet//$'\n'/, });" \
+                "using $setup_environment, or set SETUP_ENV=active to install into the active one"
+        fi ;;
+    *) echo "error: SETUP_ENV=$SETUP_ENV: must be auto, active or own" >&2; exit 2 ;;
+    esac
 }
 
 # What PYTHON lacks, as Debian package names without "pythonX.Y-": "dev" for the headers and
@@ -177,6 +234,20 @@ setup_is_stamped() {  # FILE HASH
     [[ ! -e "$setup_environment/.begun-$1" && -f "$stamp" && "$(< "$stamp")" == "$2" ]]
 }
 
+# PyPI's PyTorch for Linux needs CUDA libraries of several GB even on the CPU; the builds without
+# them have an index of their own. If it cannot be reached, pip takes PyPI's.
+setup_install_cpu_torch() {  # FILE
+    local pins index="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
+    pins="$(setup_requirements "$1" | sed -n 's/^\(torch==[^ ]*\)/\1+cpu/p')"
+    if [[ -z "$pins" || -z "$(setup_unmet python "${pins//+cpu/}")" ]]; then
+        return 0
+    fi
+    python -m pip install --disable-pip-version-check --no-deps --retries 1 --timeout 20 \
+        --index-url "$index" -r <(echo "$pins") < /dev/null 2>&1 ||
+        setup_say "warning: no PyTorch for the CPU from $index; set TORCH_INDEX to a mirror of it," \
+            "or pip may take one with CUDA libraries of several GB from its own index"
+}
+
 setup_run_pip() {  # TIME FILE
     local log="$setup_environment/install.log" begun="$setup_environment/.begun-$2" damaged
     setup_say "installing the packages of $2 into $setup_environment ($1) ..."
@@ -187,6 +258,7 @@ setup_run_pip() {  # TIME FILE
         : > "$begun"
     fi
     if ! { python -m pip --version || python -m ensurepip; } > "$log" 2>&1 ||
+            ! setup_install_cpu_torch "$2" >> "$log" ||
             ! python -m pip install --disable-pip-version-check \
                 -r "$setup_root/$2" < /dev/null >> "$log" 2>&1; then
         sed '/^WARNING/d' "$log" | tail -n 20 >&2
@@ -195,12 +267,10 @@ setup_run_pip() {  # TIME FILE
     fi
 }
 
-# Installs FILE's packages unless that was done already. The INCLUDED files are those that FILE
-# includes.
-setup_install_packages() {  # TIME FILE [INCLUDED...]
+# Installs FILE's packages unless that was done already.
+setup_install_packages() {  # TIME FILE
     local took="$1" file="$2" hash
-    shift
-    hash="$(cd "$setup_root" && cat -- "$@" | sha256sum)"
+    hash="$(setup_requirements "$file" | sha256sum)"
     if ! setup_is_stamped "$file" "$hash"; then
         setup_lock_environment
         if ! setup_is_stamped "$file" "$hash"; then  # another process may have done it
@@ -231,7 +301,7 @@ setup_make_environment() {  # PYTHON
 
 setup_main() {
     local python base="" version part need=()
-    setup_environment="$(setup_choose_environment)"
+    setup_choose_environment
     python="$setup_environment/bin/python"
     if [[ -s "$setup_environment/.begun-apt" ]]; then
         read -ra need < "$setup_environment/.begun-apt" || true
@@ -259,8 +329,12 @@ setup_main() {
     fi
     setup_is_made || setup_make_environment "${base:-$(setup_find_python)}"
     export PATH="$setup_environment/bin:$PATH"
+    [[ -z "$setup_is_ready" ]] || return 0
     [[ -f "$setup_environment/.installed-requirement.txt" ]] || setup_warn_of_untried
     setup_install_packages "about a minute" requirement.txt
+    if [[ "$setup_file" != requirement.txt ]]; then
+        setup_install_packages "a few minutes, PyTorch is among them" "$setup_file"
+    fi
 }
 
 setup_main

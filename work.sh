@@ -5,10 +5,18 @@
 #   bash work.sh demo     a small experiment that makes its own data and base model; no download
 #
 # The flags are in data/e2e.ini and data/demo/. Variables override them, e.g. MODEL_CARD=gpt2.md EPOCHS=1
-# bash work.sh; docs/reference.md has all variables. A training run that was interrupted is
-# resumed; RESUME=no starts a new one. Only one run at a time can use a work dir.
+# bash work.sh; docs/reference.md explains them:
+#
+#   model     MODEL_CARD INIT_CHECKPOINT LORA_DIM LORA_ALPHA
+#   folders   DATA WORK_DIR
+#   training  EPOCHS BATCH_SIZE GRAD_ACC LEARNING_RATE WARMUP_STEPS LOG_INTERVAL SEED BASE_STEPS
+#   the rest  BEAM_BATCH_SIZE DEVICE (auto, cpu, cuda) RESUME (auto, yes, no) NPROC MPI_FLAGS
+#
+# A training run that was interrupted is resumed; RESUME=no starts a new one. Only one run at a time
+# can use a work dir.
 
 set -euo pipefail
+[[ " $* " != *\ @(-h|--help)\ * ]] || { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 fail() {  # EXIT_CODE MESSAGE

@@ -277,9 +277,9 @@ def test_a_pip_whose_installation_was_killed_is_replaced(real_machine):
     _, site = python_without_pip(environment)
     real_machine.wheel("first")
     killed = real_machine.start(DIES_AT=f"pip-{ensurepip.version()}.dist-info/INSTALLER",
-                                VIRTUAL_ENV=environment)
+                                VIRTUAL_ENV=environment, SETUP_ENV="active")
     assert killed.returncode == -signal.SIGKILL
-    done = real_machine.start(VIRTUAL_ENV=environment)
+    done = real_machine.start(VIRTUAL_ENV=environment, SETUP_ENV="active")
     assert done.returncode == 0, done.stderr
     assert real_machine.is_whole(environment, "first")
     info, = site.glob("pip-*.dist-info")
@@ -322,16 +322,75 @@ def test_an_environment_whose_python_is_gone_is_made_anew(machine):
     assert machine.noted()[:3] == ["venv", "pip", "venv"]
 
 
-def test_an_active_environment_is_used(machine):
+def active_environments(machine):
+    """(variables, folder of the environment that they make active), for venv, conda and both."""
     venv, conda = machine.environment("active"), machine.environment("conda/envs/mine")
-    for variables, expected in [
-            ({"VIRTUAL_ENV": venv}, venv),
+    return [({"VIRTUAL_ENV": venv}, venv),
             ({"CONDA_PREFIX": conda, "CONDA_DEFAULT_ENV": "mine"}, conda),
-            ({"VIRTUAL_ENV": venv, "CONDA_PREFIX": conda}, venv)]:
+            ({"VIRTUAL_ENV": venv, "CONDA_PREFIX": conda}, venv)]
+
+
+def contents(folder):
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+MARKED = """numpy==1.26.4
+none==1 ; python_version < "3.9"
+none==1 ; sys_platform == "win32" and platform_machine == "x86_64"
+"""
+
+
+def test_an_active_environment_with_all_packages_is_used_as_it_is(machine):
+    (machine.repository / "requirement.txt").write_text(MARKED)
+    for variables, expected in active_environments(machine):
+        before = contents(expected)
         result = machine.start(**variables)
         assert result.stdout.strip() == str(expected / "bin/python"), result.stderr
-    assert machine.noted() == ["pip", "pip"]
+        assert (result.returncode, result.stderr) == (0, "")
+        assert contents(expected) == before
+    assert machine.noted() == []
     assert not (machine.repository / ".venv").exists()
+
+
+@pytest.mark.parametrize("line, extra", [
+    ("numpy==1.26.3", ""), ("no-such-package==1.0", ""), ('none==1 ; python_version >= "3.9"', ""),
+    ("numpy==1.26.4", "none==2.0")])
+def test_an_active_environment_that_lacks_a_package_is_left_alone(machine, line, extra):
+    (machine.repository / "requirement.txt").write_text(f"{line}\n")
+    (machine.repository / "extra.txt").write_text(f"-r requirement.txt\n{extra}\n")
+    for variables, active in active_environments(machine):
+        before = contents(active)
+        result = machine.start(**variables, **{"setup_extra": "extra.txt"} if extra else {})
+        assert result.stdout.strip() == str(machine.repository / ".venv/bin/python")
+        said, = [text for text in result.stderr.splitlines() if "SETUP_ENV=active" in text]
+        assert (extra or line).split(" ")[0] in said and str(active) in said
+        assert contents(active) == before
+
+
+def test_the_environment_that_setup_env_names(machine):
+    (machine.repository / "requirement.txt").write_text("numpy==1.26.3\n")
+    for variables, active in active_environments(machine):
+        result = machine.start(SETUP_ENV="active", **variables)
+        assert result.stdout.strip() == str(active / "bin/python"), result.stderr
+    assert machine.noted() == ["pip", "pip"]
+    (machine.repository / "requirement.txt").write_text("numpy==1.26.4\n")
+    result = machine.start(SETUP_ENV="own", VIRTUAL_ENV=machine.folder / "active")
+    assert result.stdout.strip() == str(machine.repository / ".venv/bin/python"), result.stderr
+    assert_one_line_error(machine.start(SETUP_ENV="active"), "no environment is active")
+    result = machine.start(SETUP_ENV="mine")
+    assert result.returncode == 2
+    assert result.stderr == "error: SETUP_ENV=mine: must be auto, active or own\n"
+
+
+def test_pytorch_for_the_cpu_is_installed_first(machine):
+    """PyPI's has the same version and brings CUDA."""
+    (machine.repository / "extra.txt").write_text(
+        "-r requirement.txt\ntorch==1.9 ; python_version >= \"3.9\"\nother==1.0\n")
+    result = machine.start(setup_extra="extra.txt", TORCH_INDEX="mirror")
+    assert result.returncode == 0, result.stderr
+    base, torch, rest = machine.calls.read_text().splitlines()[1:]
+    assert "--no-deps" in torch and "--index-url mirror" in torch
+    assert base.endswith("/requirement.txt") and rest.endswith("/extra.txt")
 
 
 def test_condas_own_and_vanished_environments_are_not_used(machine):
@@ -465,3 +524,28 @@ def test_create_datasets(root, shared, vocab, tmp_path):
             expected = (shared / "expected/e2e" / f"{name}{kind}").read_bytes()
             assert (tmp_path / f"{name}{kind}").read_bytes() == expected
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 75
+
+
+SCRIPTS = ("work.sh", "create_datasets.sh", "run_tests.sh", "align/run.sh", "bench/run.sh",
+           "download_pretrained_checkpoints.sh", "data/download_data.sh")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_shown_without_a_set_up(root, tmp_path, script):
+    """From a copy of the script alone, on a machine with sed alone, in any place."""
+    copy = tmp_path / "folder/script.sh"
+    copy.parent.mkdir()
+    shutil.copy(root / script, copy)
+    for flags in (["--help"], ["-h"], ["train", "--help"]):
+        if script == "work.sh" and len(flags) > 1:
+            continue
+        result = subprocess.run([shutil.which("bash"), copy, *flags], capture_output=True,
+                                text=True, timeout=20,
+                                env={"PATH": os.path.dirname(shutil.which("sed"))})
+        assert (result.returncode, result.stderr) == (0, "")
+        assert f"bash {script}" in result.stdout
+    for file in {"align/run.sh": ["align/run.py"], "bench/run.sh": (root / "bench").glob(
+            "bench_*.py")}.get(script, ()):
+        flags = re.findall(r'add_argument\("(--\w+)"', (root / file).read_text())
+        assert flags and [flag for flag in flags if f"{flag} " not in result.stdout.replace(
+            ",", " ").replace("\n", " ")] == []

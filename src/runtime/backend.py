@@ -2,26 +2,33 @@
 
 Jittor reads environment variables and downloads libraries while it is imported, so this module sets
 them before: the device, oneDNN for fast matrix products on the CPU, the level of Jittor's log, and
-the name of its cache of compiled operators. Scripts call :func:`start` after they have parsed their
-flags, and only then import modules that need Jittor; so ``--help`` and errors in flags are
-instant.
+the folder and name of its cache of compiled operators. Jittor's commands are cut at a blank in a
+path, so it gets only paths without one (see :func:`plain`). Scripts call :func:`start` after they
+have parsed their flags, and only then import modules that need Jittor; so ``--help`` and errors in
+flags are instant.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import hashlib
 import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import sysconfig
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Iterator, NoReturn
 
 from runtime import compiling, memory, processes
 from runtime.errors import InputError
@@ -31,6 +38,8 @@ ONEDNN_WHEELS = ("onednn-cpu-gomp", "onednn-devel-cpu-gomp")
 # The folder in which Jittor 1.3.11 looks for the oneDNN it would otherwise download.
 ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
 START_MEMORY = 300 << 20  # bytes that Jittor's import needs at least; with less, it can hang
+LINKS = ("/var/tmp", "/tmp")  # where plain() may put its links
+NOT_PLAIN = r"[^A-Za-z0-9/._+@%=~-]"  # what a shell or an option of the compiler may cut or change
 SUPPORTED_CUDA = (11, 0), (13, 0)  # from, below: the toolkits whose headers Jittor 1.3.11 compiles
 
 
@@ -44,11 +53,24 @@ def start(device: str = "auto", seed: int | None = None) -> str:
     nvcc, obstacle = find_cuda() if device != "cpu" else (None, "as asked by --device cpu")
     if device == "cuda" and nvcc is None:
         raise InputError(f"--device cuda: {obstacle}; use --device cpu, or repair that")
-    _prepare_environment(nvcc)
     if "jittor" not in sys.modules:
-        memory.require(START_MEMORY, "free some, or raise the limit (ulimit -v)")
-        compiling.watch()
-    jt = _import_jittor(on_cuda=nvcc is not None)
+        sys.path[:] = map(plain, map(os.fspath, sys.path))
+        sys.executable = plain(sys.executable)
+    home = _find_home()
+    try:
+        with _environment(HOME=home, JITTOR_HOME=home):
+            _prepare_environment(nvcc)
+            if "jittor" not in sys.modules:
+                memory.require(START_MEMORY, "free some, or raise the limit (ulimit -v)")
+                compiling.watch()
+            jt = _import_jittor(on_cuda=nvcc is not None)
+    except SystemExit:  # Jittor rebuilt its loader (another compiler or Python): start again
+        compiling.unwatch()
+        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
+    # Jittor runs this to compile an operator, and jittor_utils again looks for its home folder. In
+    # Jittor's command it must be a single word; the shell splits it.
+    jt.flags.python_path = "${IFS}".join(
+        ("env", f"HOME={home}", f"JITTOR_HOME={home}", _python()))
     processes.check_world()
     # Code compiled with -Ofast flushes subnormal numbers to zero, about which NumPy warns.
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
@@ -85,6 +107,91 @@ def find_cuda() -> tuple[str | None, str]:
     return nvcc, ""
 
 
+def plain(path: str) -> str:
+    """The path itself if Jittor's commands can contain it, else one through a link to its folder.
+
+    Jittor puts some paths into its commands without quotes. The link's name depends on the folder
+    alone, since the path becomes part of the keys of compiled operators.
+    """
+    if not re.search(NOT_PLAIN, path):
+        return path
+    head, tail = re.findall(rf"(?s)^(.*{NOT_PLAIN}[^/]*)(.*)", os.path.abspath(path))[0]
+    for place in LINKS:
+        folder = Path(place, f"jittor-paths-{os.getuid()}")
+        link = folder / hashlib.sha256(os.fsencode(head)).hexdigest()[:8]
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            status = folder.lstat()  # all users can write to LINKS
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() \
+                    or status.st_mode & 0o022:
+                continue
+            if not link.is_symlink() or os.readlink(link) != head:
+                log(f"note: Jittor cannot use {head}, it gets the link {link} to it")
+                _replace_link(link, head)
+            return f"{link}{tail}"
+        except OSError:
+            continue
+    raise InputError(f"{path}: Jittor cannot use this path, and no link to it can be made in "
+                     f"{' or '.join(LINKS)}; move it to a path of ASCII letters and digits")
+
+
+def _replace_link(link: Path, target: str | Path) -> None:
+    """Makes a symbolic link, at once also for other processes that make it."""
+    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh.symlink_to(target)
+    os.replace(fresh, link)
+
+
+def _find_home() -> str:
+    """The folder in whose ``.cache/jittor`` Jittor stores all it compiles: JITTOR_HOME, or HOME."""
+    try:
+        home = os.path.abspath(os.environ.get("JITTOR_HOME") or Path.home())
+    except RuntimeError:
+        raise InputError("HOME is not set, and Jittor stores what it compiles there; set "
+                         "JITTOR_HOME to a folder that can be written") from None
+    cache = Path(home, ".cache", "jittor")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"{cache}: {error.strerror}; Jittor stores what it compiles there: set "
+                         "JITTOR_HOME to a folder that can be written") from None
+    return plain(home)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets environment variables for a while."""
+    before = os.environ.copy()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+            if name in before:
+                os.environ[name] = before[name]
+
+
+def _python() -> str:
+    """One name of the interpreter that all of python, python3 and python3.X have in common."""
+    python = plain(os.path.join(sys.prefix, "bin", "python%d.%d" % sys.version_info[:2]))
+    return python if os.access(python, os.X_OK) else sys.executable
+
+
+def _cache_name(compiler: str) -> str:
+    """The name of Jittor's cache: a hash of what the keys of compiled operators contain.
+
+    In a cache that two environments share, each would compile again over the other's operators.
+    """
+    jittor = importlib.util.find_spec("jittor")
+    version = subprocess.run([compiler, "--version"], capture_output=True).stdout
+    parts = (jittor and jittor.origin, _python(), sysconfig.get_path("include"),
+             shutil.which(compiler), version)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+
+
 def _prepare_environment(nvcc: str | None) -> None:
     try:
         multiprocessing.Lock()  # as those of Jittor's compiler processes
@@ -106,10 +213,6 @@ def _prepare_environment(nvcc: str | None) -> None:
                          "machine; set a smaller number")
     # An empty nvcc_path gives a CPU build even if an nvcc is installed on a machine without a GPU.
     os.environ["nvcc_path"] = nvcc or ""
-    # Jittor looks for pythonX.Y-config beside sys.executable; a virtual environment has none there.
-    config = Path(sys.executable).resolve().with_name("python%d.%d-config" % sys.version_info[:2])
-    if config.is_file():
-        os.environ.setdefault("python_config_path", str(config))
     _prepare_mpi()
     # Ctrl-C while Jittor is imported is left to Python, as in a Jupyter notebook.
     os.environ["JPY_PARENT_PID"] = ""
@@ -118,8 +221,7 @@ def _prepare_environment(nvcc: str | None) -> None:
     os.environ.setdefault("log_silent", "1")  # no information and warnings, only errors
     # Jittor's 16 compilers at once are too many for a machine with fewer cores.
     os.environ.setdefault("use_parallel_op_compiler", str(min(16, len(os.sched_getaffinity(0)))))
-    # Jittor would name its cache after the git branch, and compile everything again on another.
-    os.environ.setdefault("cache_name", "default")
+    os.environ.setdefault("cache_name", _cache_name(compiler))
     os.environ.setdefault("use_mkl", "1" if _provide_onednn() else "0")
 
 
@@ -163,15 +265,17 @@ def _provide_onednn() -> bool:
         links[place / "lib" / name] = files["libdnnl.so.2"]
     for link, target in links.items():
         link.parent.mkdir(parents=True, exist_ok=True)
-        fresh = link.with_name(f".{link.name}.{os.getpid()}")
-        fresh.symlink_to(target)
-        os.replace(fresh, link)  # also replaces the link to an environment that was removed
+        _replace_link(link, target)  # also one to an environment that was removed
     return True
 
 
 def _import_jittor(on_cuda: bool):
     import jittor_utils
 
+    if "python_config_path" not in os.environ:  # Jittor would look for it, and cut its output
+        jittor_utils._py3_include_path = " ".join(
+            f"-I{plain(sysconfig.get_path(kind))}" for kind in ("include", "platinclude"))
+        jittor_utils._py3_extension_suffix = sysconfig.get_config_var("EXT_SUFFIX")
     compiling.take_over()
     jittor_lock = jittor_utils.lock.jittor_lock
     jittor_lock.lock()
@@ -189,11 +293,11 @@ def _import_jittor(on_cuda: bool):
     interrupts: list[int] = []  # Jittor catches exceptions of any type in some places
     if handlers[signal.SIGINT] == signal.default_int_handler:
         signal.signal(signal.SIGINT, partial(_interrupt, interrupts))
+    realpath = os.path.realpath  # with it, Jittor would resolve the links of plain()
+    os.path.realpath = lambda path, **options: plain(  # type: ignore[assignment]
+        realpath(path, **options))
     try:
         import jittor
-    except SystemExit:  # Jittor rebuilt its loader (another compiler or Python): start again
-        compiling.unwatch()
-        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
     except Exception as error:  # a failed build raises exceptions of any type
         if interrupts:
             raise KeyboardInterrupt from None
@@ -202,6 +306,8 @@ def _import_jittor(on_cuda: bool):
         reason = (str(error).strip().splitlines() or ["unknown"])[-1]
         raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
                          "errors in docs/running.md") from None
+    finally:
+        os.path.realpath = realpath
     compiling.end_pool()
     jittor_lock.unlock()
     for number, handler in handlers.items():

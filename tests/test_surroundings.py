@@ -73,8 +73,7 @@ def test_other_paths_get_a_link(links, tmp_path, name, capsys):
     found = backend.plain(str(folder / "file.txt"))
     assert re.fullmatch(r"[\w/.-]+/inner/file\.txt", found, re.ASCII)
     assert Path(found).read_text() == "text"
-    said = capsys.readouterr().out.replace("?", " ")  # for a tab and the end of a line
-    assert re.sub(r"\s", " ", str(tmp_path / name)) in said
+    assert found[:-len("/inner/file.txt")] in capsys.readouterr().out
     # The same link for other files there, without another line, also if it has to be made again.
     for _ in range(2):
         assert backend.plain(str(folder)) == os.path.dirname(found)

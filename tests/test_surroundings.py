@@ -40,7 +40,7 @@ script.run(main)
 def start(root, python=sys.executable, cwd=None, without=(), **variables):
     """What START prints after the line on the device, or the process if it failed."""
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    for name in ("cache_name", "use_mkl", *without):
+    for name in {"cache_name", "use_mkl", *without} - set(variables):
         environment.pop(name, None)
     process = subprocess.run([python, "-c", START, root / "src"], capture_output=True, text=True,
                              env=environment, cwd=cwd, timeout=60)
@@ -73,7 +73,7 @@ def test_other_paths_get_a_link(links, tmp_path, name, capsys):
     found = backend.plain(str(folder / "file.txt"))
     assert re.fullmatch(r"[\w/.-]+/inner/file\.txt", found, re.ASCII)
     assert Path(found).read_text() == "text"
-    assert re.sub(r"\s", ".", str(tmp_path / name)) in re.sub(r"[\s?]", ".", capsys.readouterr().out)
+    assert found[:-len("/inner/file.txt")] in capsys.readouterr().out
     # The same link for other files there, without another line, also if it has to be made again.
     for _ in range(2):
         assert backend.plain(str(folder)) == os.path.dirname(found)
@@ -176,8 +176,5 @@ def test_a_cache_for_each_environment(root, tmp_path):
     assert first not in others and len(others) == 2  # the last two have the same compiler
 
 
-def test_the_users_name_of_the_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("cache_name", "mine")
-    monkeypatch.setenv("use_mkl", "0")
-    backend._prepare_environment(None)
-    assert os.environ["cache_name"] == "mine"
+def test_the_users_name_of_the_cache(root, tmp_path):
+    assert Path(start(root, JITTOR_HOME=tmp_path, cache_name="mine")[3]).name == "mine"

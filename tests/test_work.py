@@ -343,7 +343,7 @@ def test_last_checkpoint(clone, files, variables, chosen):
 
 
 @pytest.mark.parametrize("words, variables", [
-    (["dart"], {}), (["demo", "e2e"], {}), (["e2e", "--help"], {}), (["--help"], {}),
+    (["dart"], {}), (["demo", "e2e"], {}),
     *(([], {"NPROC": value}) for value in ("abc", "0", "-1", "1.5", "2 3", "a[$(touch ran)]")),
     ([], {"RESUME": "maybe"}), ([], {"RESUME": "YES"}), ([], {"DEVICE": "tpu"}),
     (["demo"], {"DEVICE": "gpu"}), ([], {"MODEL_CARD": "gpt2"}),

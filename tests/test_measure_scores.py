@@ -8,15 +8,17 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nltk.translate.bleu_score import corpus_bleu
+from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from nltk.translate.nist_score import corpus_nist
 
 import challenge_files
+import measure_scores
 from metrics import coco
 from metrics.mteval import Bleu, Nist, tokenize
 from runtime.errors import InputError
@@ -50,6 +52,8 @@ def test_tokenize():
         "costs", "£20", "-", "25", ",", "1,000.5", ";", "don't", "(", "it's", ")", "&", "3", "."]
     assert tokenize("a\tb\u00a0|||C") == ["a", "b", "|", "|", "|", "c"]
     assert tokenize(" ") == [""]
+    assert tokenize(" ", v13a=True) == []
+    assert tokenize("\u00c9 A\x1cb\u2028C", v13a=True) == ["\u00c9", "a\x1cb", "c"]
 
 
 def test_bleu_by_hand():
@@ -104,14 +108,69 @@ def test_nist_is_nltks_where_no_length_penalty_applies():
                                  rel=1e-12)
 
 
+def test_v13a_without_a_match_of_n_grams_is_nltks_geometric_smoothing():
+    rng = random.Random(5)
+    for _ in range(50):
+        words = [[rng.choice("abcdefgh") for _ in range(rng.randint(4, 7))] for _ in range(9)]
+        references, predictions = [words[:2], words[2:5], words[5:6]], words[6:]
+        ours = score(Bleu(v13a=True), *((" ".join(prediction), [" ".join(one) for one in group])
+                                        for prediction, group in zip(predictions, references)))
+        theirs = corpus_bleu(references, predictions,
+                             smoothing_function=SmoothingFunction().method3)
+        assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_v13a_of_short_and_empty_predictions_by_hand():
+    # The 4 tokens of the first match in every n; the references have 4 + 5 tokens.
+    document = ("a b c d", ["a b c d"]), ("", ["e f g h i"])
+    assert score(Bleu(v13a=True), *document) == pytest.approx(math.exp(1 - 9 / 4))
+    assert score(Bleu(v13a=True), ("", ["a"])) == score(Nist(v13a=True), ("", ["a"])) == 0
+    assert score(Bleu(v13a=True), ("a b", ["a b"])) == 1  # no 3-grams, no 4-grams
+    # A reference without tokens is skipped, though its length is closer to 2 than 5 is.
+    assert score(Bleu(v13a=True), ("a b", ["a b c d e", "<skipped>"])
+                 ) == pytest.approx(math.exp(1 - 5 / 2))
+    # 7 tokens in 3 references of 2 segments: 14/3 tokens are expected, 3 are there. "a": 4 of 7.
+    document = ("a x y", ["a a", "a"]), ("", ["a b c d"])
+    penalty = math.exp(-Nist.BETA * math.log(3 / (14 / 3)) ** 2)
+    assert score(Nist(max_n=1, v13a=True), *document) == pytest.approx(
+        math.log2(7 / 4) / 3 * penalty)
+    # After the token "0", which is false in Perl, mteval-v13a.pl takes 1 of 4 tokens, not 1 of 2.
+    assert score(Nist(max_n=2, v13a=True), ("0 a", ["0 a", "0 b"])) == pytest.approx(
+        (1 + 2) / 2 + 2)
+
+
+CASES = SHARED / "cases"
+
+
 @needs_expected
-@pytest.mark.parametrize("name, bleu, nist", [("jittor_pred.txt", 0.2039, 2.7430),
-                                              ("torch_pred.txt", 0.2093, 2.9530)])
-def test_bleu_and_nist_of_the_expected_files(name, bleu, nist):
-    segments = challenge_files.load(str(EXPECTED / "ref.txt"), str(EXPECTED / name))
-    pairs = [(segment.prediction, segment.references) for segment in segments]
-    assert score(Bleu(), *pairs) == pytest.approx(bleu, abs=5e-5)
-    assert score(Nist(), *pairs) == pytest.approx(nist, abs=5e-5)
+@pytest.mark.parametrize("ref, pred, v13a, python", [
+    (EXPECTED / "ref.txt", EXPECTED / "jittor_pred.txt", (0.2039, 2.7430), (0.2039, 2.7430)),
+    (EXPECTED / "ref.txt", EXPECTED / "torch_pred.txt", (0.2093, 2.9530), (0.2093, 2.9530)),
+    (CASES / "26-odd-predictions" / "odd_ref.txt", CASES / "26-odd-predictions" / "odd_pred.txt",
+     (0.9886, 3.5819), (1.0160, 3.5922)),
+    (CASES / "31-short-predictions-bleu" / "ref.txt",
+     CASES / "31-short-predictions-bleu" / "pred.txt", (0.0821, 0.0054), (8957.2640, 0.1439)),
+])
+def test_bleu_and_nist_of_the_challenges_script(ref, pred, v13a, python):
+    if not ref.is_file():
+        pytest.skip(f"no {ref}")
+    pairs = [(prediction, references)
+             for _, references, prediction in challenge_files.load(str(ref), str(pred))]
+    for expected, choice in ((v13a, True), (python, False)):
+        assert (score(Bleu(v13a=choice), *pairs), score(Nist(v13a=choice), *pairs)
+                ) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("flags, bleu", [([], 0.0821), (["-p"], 8957.2640)])
+def test_the_flag_p_takes_the_python_version(tmp_path, monkeypatch, capsys, flags, bleu):
+    ref = write(tmp_path / "ref.txt", "a pub in town\n\na bar in the city\n\na cafe by the river\n")
+    pred = write(tmp_path / "pred.txt", "a pub in town\n\n\n")
+    monkeypatch.setattr(coco, "require", lambda: None)
+    monkeypatch.setattr(coco, "scores", lambda references, predictions: {
+        name: (0.0, [0.0] * len(predictions)) for name in ("METEOR", "ROUGE_L", "CIDEr")})
+    monkeypatch.setattr(sys, "argv", ["measure_scores.py", ref, pred, *flags])
+    measure_scores.main()
+    assert f"BLEU: {bleu:.4f}\n" in capsys.readouterr().out
 
 
 sentences = st.lists(st.sampled_from(["The", "café", "is", "£20", "near", "it", "."]),
@@ -122,7 +181,7 @@ documents = st.lists(st.tuples(sentences, st.lists(sentences, min_size=1, max_si
 
 @given(documents, st.randoms(use_true_random=False))
 def test_order_of_segments_and_references_does_not_matter(document, rng):
-    for metric in (Bleu, Nist):
+    for metric in (Bleu, Nist, partial(Bleu, v13a=True), partial(Nist, v13a=True)):
         before = score(metric(), *document)
         shuffled = [(prediction, rng.sample(references, len(references)))
                     for prediction, references in document]
@@ -132,14 +191,15 @@ def test_order_of_segments_and_references_does_not_matter(document, rng):
 
 @given(documents)
 def test_bleu_is_at_most_1_and_that_for_perfect_predictions(document):
-    assert 0 <= score(Bleu(), *document) <= 1 + 1e-12
-    perfect = [(references[-1].upper(), references) for _, references in document]
-    assert score(Bleu(), *perfect) == pytest.approx(1)
+    for v13a in (True, False):
+        assert 0 <= score(Bleu(v13a=v13a), *document) <= 1 + 1e-12
+        perfect = [(references[-1].title(), references) for _, references in document]
+        assert score(Bleu(v13a=v13a), *perfect) == pytest.approx(1)
 
 
 @given(st.lists(st.tuples(st.text(), st.lists(st.text(), min_size=1, max_size=3)), max_size=3))
 def test_any_text_has_scores(document):
-    for metric in (Bleu(), Bleu(smoothing=1), Nist()):
+    for metric in (Bleu(), Bleu(smoothing=1), Nist(), Bleu(v13a=True), Nist(v13a=True)):
         assert math.isfinite(score(metric, *document))
 
 

@@ -36,8 +36,9 @@ def parse_args() -> argparse.Namespace:
                         "to this file instead of printing the scores of all")
     parser.add_argument("-s", "--src-file", metavar="SRC", help="sources, one per line: PRED must "
                         "be a table with the same sources")
-    parser.add_argument("-p", "--python", action="store_true", help="no effect, accepted because "
-                        "existing commands have it: BLEU and NIST are always computed in Python")
+    parser.add_argument("-p", "--python", action="store_true", help="BLEU and NIST of the "
+                        "challenge's Python version instead of NIST's mteval-v13a.pl: they differ "
+                        "where predictions are empty or shorter than 5 words (-l: always so)")
     parser.add_argument("-t", "--table", action="store_true",
                         help="print the scores as one tab-separated line")
     parser.add_argument("-H", "--header", action="store_true",
@@ -45,9 +46,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def document_scores(segments: list[Segment]) -> dict[str, float]:
-    """The five scores of all segments together, by name."""
-    bleu, nist = Bleu(), Nist()
+def document_scores(segments: list[Segment], v13a: bool) -> dict[str, float]:
+    """The five scores of all segments together, by name; ``v13a`` as in `mteval`."""
+    bleu, nist = Bleu(v13a=v13a), Nist(v13a=v13a)
     for segment in segments:
         bleu.add(segment.prediction, segment.references)
         nist.add(segment.prediction, segment.references)
@@ -84,7 +85,7 @@ def main() -> None:
             for row in segment_rows(segments):
                 file.write(("\t".join(row) + "\n").encode("utf-8"))
         return
-    scores = document_scores(segments)
+    scores = document_scores(segments, v13a=not args.python)
     if args.table:
         if args.header:
             print("\t".join(["File", *METRICS]))

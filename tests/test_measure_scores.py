@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -360,6 +361,95 @@ def test_expected_scores_as_a_table_in_another_locale():
                         JAVA_TOOL_OPTIONS="-Duser.language=de -Dfile.encoding=US-ASCII")
     assert result.stdout == ("File\tBLEU\tNIST\tMETEOR\tROUGE_L\tCIDEr\n"
                              f"{pred}\t0.2093\t2.9530\t0.2708\t0.4022\t1.2690\n")
+
+
+SPICE = ("Blue Spice is a pub by the river .\n\nA pub in the city .\nThere is a pub in the city "
+         "centre .\n", "Blue Spice is a pub near the river .\nA pub in the city centre .\n")
+SCORES_OF_SPICE = "BLEU: 0.7755\nNIST: 3.9280\nMETEOR: 0.5082\nROUGE_L: 0.9375\nCIDEr: 6.7892\n"
+
+
+def write_spice(folder: Path) -> tuple[str, str]:
+    return write(folder / "ref.txt", SPICE[0]), write(folder / "pred.txt", SPICE[1])
+
+
+def copy_of_pycocoevalcap(folder: Path) -> Path:
+    shutil.copytree(coco.require(), folder / "pycocoevalcap",
+                    ignore=shutil.ignore_patterns("spice", "__pycache__"))
+    return folder / "pycocoevalcap"
+
+
+@pytest.mark.slow
+@needs_java
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_any_path_of_the_script_and_of_its_packages(tmp_path, locale):
+    """Java follows links: the folder that holds the archives counts."""
+    folder = tmp_path / "my 实验 caf\u00e9 %20 # = [ ; ' \" & $x"
+    for name in ("eval", "src"):
+        shutil.copytree(ROOT / name, folder / name)
+    package = copy_of_pycocoevalcap(folder / "site")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "pycocoevalcap").symlink_to(package)
+    ref, pred = write_spice(folder)
+    for site in (package.parent, tmp_path / "link"):
+        result = subprocess.run(
+            [sys.executable, str(folder / "eval" / "e2e" / "measure_scores.py"), ref, pred, "-p"],
+            capture_output=True, encoding="utf-8", timeout=300,
+            env={**os.environ, "PYTHONPATH": str(site), "LC_ALL": locale})
+        assert SCORES_OF_SPICE in result.stdout, result.stderr
+        assert result.returncode == 0
+
+
+@pytest.mark.slow
+@needs_java
+def test_a_colon_in_the_path_of_the_archives(tmp_path):
+    package = copy_of_pycocoevalcap(tmp_path / "a:b")
+    assert coco.tokenize(["A Pub, here"], package) == ["a pub here"]
+    assert coco.meteor([["a pub here"]], ["a pub here"], package)[0] == pytest.approx(1)
+
+
+@pytest.mark.slow
+@needs_java
+@pytest.mark.parametrize("name", ["_JAVA_OPTIONS", "JDK_JAVA_OPTIONS"])
+def test_options_that_java_takes_from_the_environment_change_no_score(tmp_path, name):
+    ref, pred = write_spice(tmp_path)
+    result = run_script(ref, pred, "-p", **{
+        name: "-Duser.language=de -Duser.country=DE -Dfile.encoding=UTF-16 -Xmx1500m"})
+    assert SCORES_OF_SPICE in result.stdout, result.stderr
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1)
+
+
+# As the real one, it names its options on stderr; its tokenizer gives back what it gets.
+JAVA_WITHOUT_METEOR = """#!/bin/sh
+echo "Picked up _JAVA_OPTIONS: -XX:+ExitOnOutOfMemoryError" >&2
+case "$*" in
+    *PTBTokenizer*) exec cat ;;
+    *) echo "Error occurred during initialization of VM" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-t", "-H"]])
+def test_without_meteor_the_other_scores_are_printed(tmp_path, monkeypatch, flags):
+    put_java(tmp_path, monkeypatch, JAVA_WITHOUT_METEOR)
+    ref, pred = write_spice(tmp_path)
+    result = run_script(ref, pred, "-p", *flags)
+    scores = re.findall(r"[\d.]{6}|missing", result.stdout.replace("/pred.txt", ""))
+    assert scores[:3] == ["0.7755", "3.9280", "missing"]
+    assert len(scores) == 5
+    error = result.stderr.splitlines()[1:]
+    assert len(error) == 1 and error[0].startswith(
+        "error: METEOR failed in Java (Error occurred during initialization of VM)")
+    assert result.returncode == 1
+
+
+def test_without_meteor_the_other_scores_of_segments_are_written(tmp_path, monkeypatch):
+    put_java(tmp_path, monkeypatch, JAVA_WITHOUT_METEOR)
+    ref, pred = write_spice(tmp_path)
+    result = run_script(ref, pred, "-l", tmp_path / "segments.tsv")
+    rows = [line.split("\t") for line in (tmp_path / "segments.tsv").read_text().splitlines()]
+    assert [row[5] for row in rows] == ["METEOR", "missing", "missing"]
+    assert all(float(field) >= 0 for row in rows[1:] for field in row[2:5] + row[6:])
+    assert result.returncode == 1 and "METEOR failed" in result.stderr
 
 
 @pytest.mark.slow

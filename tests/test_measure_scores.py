@@ -228,6 +228,37 @@ def test_text_files(tmp_path, ref, pred, segments):
     assert load(tmp_path, ref, pred) == segments
 
 
+@pytest.mark.parametrize("ref, pred, predictions", [
+    ("a\rb\r\rc\r\r", "p\rq\r", ["p", "q"]),  # line ends of CR alone
+    ("a\r\rb", "p\nq", ["p", "q"]),
+    ("a\n\nb\n", "p x\rq\nr\n", ["p x\rq", "r"]),  # white space, as in the metrics
+    ("a\r\n\r\nb\r\r\n", "p\r\r\nq\x0br\x85s\u2028t\r\n", ["p", "q\x0br\x85s\u2028t"]),
+])
+def test_carriage_returns_in_text_files(tmp_path, ref, pred, predictions):
+    assert [prediction for _, _, prediction in load(tmp_path, ref, pred)] == predictions
+
+
+def test_carriage_returns_in_tables(tmp_path):
+    names = "ref.csv", "pred.tsv"
+    assert load(tmp_path, "mr,ref\rx,a\ry,b\r", "mr\tout\rx\tp\ry\tq", *names) == [
+        ("x", ["a"], "p"), ("y", ["b"], "q")]
+    assert load(tmp_path, "mr,ref\nx,\"a\rb\"\n", "mr\tout\nx\tp\n", *names) == [
+        ("x", ["a\rb"], "p")]
+    with pytest.raises(InputError, match="ref.csv:2: "):  # is it the end of a row or not?
+        load(tmp_path, "mr,ref\nx,a\ry,b\n", "mr\tout\nx\tp\n", *names)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_carriage_returns_are_said_and_no_cell_of_a_table_has_one(tmp_path, monkeypatch, number):
+    put_java(tmp_path, monkeypatch, JAVA_WITHOUT_METEOR)
+    ref = write(tmp_path / "ref.txt", "a b c d e f\n" * number)
+    pred = write(tmp_path / "pred.txt", "a b c\rd\te f\n" * number)
+    result = run_script(ref, pred, "-l", tmp_path / "out.tsv")
+    rows = (tmp_path / "out.tsv").read_bytes().split(b"\n")
+    assert [row.split(b"\t")[1] for row in rows[1:-1]] == [b"a b c d e f"] * number
+    assert f"note: {number} of {number} inputs have a carriage return" in result.stderr
+
+
 TABLE = [("mr 1", ["the café, £20", "b"], "p"), ("mr 2", ["c"], "")]
 
 
@@ -258,6 +289,10 @@ def test_references_of_a_table_are_grouped_by_run_where_predictions_have_no_sour
     ("ref.csv pred.txt", "mr,ref\n\nx,a,b\n", "p\n", None, ["ref.csv:3", "3 columns"]),
     ("ref.csv pred.txt", "x,y,z\n", "p\n", None, ["ref.csv:1", "column of sources"]),
     ("ref.csv pred.txt", "x,\"" + "y" * 200000 + "\"\n", "p\n", None, ["ref.csv:1", "quotation"]),
+    ("ref.csv pred.csv", "mr;ref\nx;a\n", "mr;out\nx;p\n", None, ["pred.csv:1", "semicolons"]),
+    ("ref.csv pred.txt", "mr;ref\nx, y;a\n", "p\n", None, ["ref.csv:1", "semicolons", "tabs"]),
+    ("ref.csv pred.tsv", "x,a\n", "mr 1\tOutside the city\nx\tp\n", None, ["pred.tsv:1", "head"]),
+    ("ref.tsv pred.txt", "Sources\u00a0say\tReferees\nx\ta\n", "p\n", None, ["ref.tsv:1", "head"]),
     ("ref.csv pred.csv", "x,a\n", "y,p\n", None, ["ref.csv", "no reference", "'y'"]),
     ("ref.csv pred.csv", "x,a\n", "x,p\n", "x\ny\n", ["pred.csv", "1 pred", "src.txt", "2 sou"]),
     ("ref.csv pred.csv", "x,a\n", "mr,out\nx,p\n", "y\n", ["pred.csv:2", "'x'", "'y'"]),

@@ -95,6 +95,11 @@ def main() -> None:
     args = parse_args()
     segments = load(args.ref_file, args.sys_file, args.src_file)
     coco.require()
+    with_cr = sum("\r" in "".join([source, prediction, *references])
+                  for source, references, prediction in segments)
+    if with_cr:
+        print(f"note: {with_cr} of {len(segments)} inputs have a carriage return inside a line, "
+              "which is taken for a blank, not for the end of the line", file=sys.stderr)
     print(f"scoring {len(segments)} predictions (METEOR takes about a minute) ...",
           file=sys.stderr)
     if args.sent_level is not None:

@@ -31,8 +31,8 @@ Scores = tuple[float, list[float]]  # of the document, of its segments
 def require() -> Path:
     """The folder of pycocoevalcap; raises InputError where it or Java is missing."""
     if shutil.which("java") is None:
-        raise InputError("no java on the PATH, which METEOR, ROUGE-L and CIDEr need; install it: "
-                         "apt-get install default-jre-headless; or, without root: "
+        raise InputError("no java on the PATH, which METEOR needs; install it: "
+                         "apt-get install default-jre-headless, or, without root: "
                          "conda install -c conda-forge openjdk")
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None:

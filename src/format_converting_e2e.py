@@ -22,7 +22,7 @@ SEPARATOR = "||"
 def read_examples(path: str) -> list[dict]:
     """The examples of a raw E2E file, in its order; blanks around a line are not part of it.
 
-    Raises InputError for a file that is missing, empty or not UTF-8, and for a line without "||".
+    Raises InputError for a file that is missing, empty or no text, and for a line without "||".
     """
     examples = []
     for number, line in enumerate(read_lines(path, "run: bash data/download_data.sh"), start=1):

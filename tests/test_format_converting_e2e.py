@@ -83,6 +83,49 @@ def test_byte_order_mark_crlf_and_blanks_are_not_text(convert):
                                {"context": "c : d", "completion": "Caf\u00e9 ||\u00a35 ."}]
 
 
+@pytest.mark.parametrize("ends", [["\r"], ["\r", "\n"], ["\r\n", "\r"], ["\r\r\n"],
+                                  ["\n", "\r\n", "\r"]])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_any_line_ends_in_any_encoding_with_a_mark(convert, ends, encoding):
+    texts = ["caf\u00e9 餐厅\u2028.", "a\x0bb\x0cc\x85d\u2029e", "x\x1cy\x1dz"]
+    data = "".join(f"name : {i}||{text}{ends[i % len(ends)]}" for i, text in enumerate(texts))
+    process, target = convert(data.encode(encoding), "--fraction", "1")
+    assert process.returncode == 0, process.stderr
+    assert records(target) == [{"context": f"name : {i}", "completion": text}
+                               for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("mark, encoding", [(b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
+                                            (b"\xff\xfe\0\0", "utf-32-le")])
+def test_text_that_is_not_in_the_encoding_of_its_mark(convert, mark, encoding):
+    data = mark + "a||b\nc||d".encode(encoding) + b"\0"
+    process, target = convert(data, "--fraction", "1")
+    assert process.returncode == 1 and not target.exists()
+    assert f"raw.txt:2: not {encoding.upper()}, though" in process.stderr
+
+
+@pytest.mark.parametrize("text, encoding, name", [
+    ("name : 餐厅||餐厅 .", "gbk", "GB18030"),
+    ("name : 蓝色香料||蓝色香料是一家酒吧。", "gb18030", "GB18030"),
+    ("name : 藍色||藍色香料是一家位於河邊的酒吧。", "big5", "BIG5"),
+    ("name : A||川の近くのパブです。", "shift_jis", "CP932"),
+    ("name : A||A\u2019s caf\u00e9 \u00a320 .", "cp1252", "CP1252"),
+    ("name : A||\u201cA\u201d \u2013 it\u2019s", "cp1252", "CP1252"),
+    ("name : A||caf\u00e9", "latin-1", "CP1252"),
+])
+def test_the_remedy_names_the_likely_encoding(convert, text, encoding, name):
+    data = "name : x||y\rname : \u00e9||z\n".encode() + text.encode(encoding)
+    process, _ = convert(data, "--fraction", "1")
+    assert process.returncode == 1
+    at = [byte > 127 for byte in text.encode(encoding)].index(True) + 1
+    assert process.stderr == (
+        f"error: {process.args[2]}:3: not UTF-8 (byte {at} of the line); convert the file, e.g. "
+        f"iconv -f {name} -t UTF-8, or run: bash data/download_data.sh\n")
+    converted = subprocess.run(["iconv", "-f", name, "-t", "UTF-8"], input=text.encode(encoding),
+                               capture_output=True, check=True)
+    assert converted.stdout.decode() == text
+
+
 @pytest.mark.parametrize("data, flags, place, remedy", [
     (None, [], "raw.txt: no such file", "bash data/download_data.sh"),
     (b"", [], "raw.txt: the file is empty", "bash data/download_data.sh"),

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nltk.translate.bleu_score import corpus_bleu
+from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
 from nltk.translate.nist_score import corpus_nist
 
 import challenge_files
+import measure_scores
 from metrics import coco
 from metrics.mteval import Bleu, Nist, tokenize
 from runtime.errors import InputError
@@ -50,6 +53,8 @@ def test_tokenize():
         "costs", "£20", "-", "25", ",", "1,000.5", ";", "don't", "(", "it's", ")", "&", "3", "."]
     assert tokenize("a\tb\u00a0|||C") == ["a", "b", "|", "|", "|", "c"]
     assert tokenize(" ") == [""]
+    assert tokenize(" ", v13a=True) == []
+    assert tokenize("\u00c9 A\x1cb\u2028C", v13a=True) == ["\u00c9", "a\x1cb", "c"]
 
 
 def test_bleu_by_hand():
@@ -104,14 +109,69 @@ def test_nist_is_nltks_where_no_length_penalty_applies():
                                  rel=1e-12)
 
 
+def test_v13a_without_a_match_of_n_grams_is_nltks_geometric_smoothing():
+    rng = random.Random(5)
+    for _ in range(50):
+        words = [[rng.choice("abcdefgh") for _ in range(rng.randint(4, 7))] for _ in range(9)]
+        references, predictions = [words[:2], words[2:5], words[5:6]], words[6:]
+        ours = score(Bleu(v13a=True), *((" ".join(prediction), [" ".join(one) for one in group])
+                                        for prediction, group in zip(predictions, references)))
+        theirs = corpus_bleu(references, predictions,
+                             smoothing_function=SmoothingFunction().method3)
+        assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_v13a_of_short_and_empty_predictions_by_hand():
+    # The 4 tokens of the first match in every n; the references have 4 + 5 tokens.
+    document = ("a b c d", ["a b c d"]), ("", ["e f g h i"])
+    assert score(Bleu(v13a=True), *document) == pytest.approx(math.exp(1 - 9 / 4))
+    assert score(Bleu(v13a=True), ("", ["a"])) == score(Nist(v13a=True), ("", ["a"])) == 0
+    assert score(Bleu(v13a=True), ("a b", ["a b"])) == 1  # no 3-grams, no 4-grams
+    # A reference without tokens is skipped, though its length is closer to 2 than 5 is.
+    assert score(Bleu(v13a=True), ("a b", ["a b c d e", "<skipped>"])
+                 ) == pytest.approx(math.exp(1 - 5 / 2))
+    # 7 tokens in 3 references of 2 segments: 14/3 tokens are expected, 3 are there. "a": 4 of 7.
+    document = ("a x y", ["a a", "a"]), ("", ["a b c d"])
+    penalty = math.exp(-Nist.BETA * math.log(3 / (14 / 3)) ** 2)
+    assert score(Nist(max_n=1, v13a=True), *document) == pytest.approx(
+        math.log2(7 / 4) / 3 * penalty)
+    # After the token "0", which is false in Perl, mteval-v13a.pl takes 1 of 4 tokens, not 1 of 2.
+    assert score(Nist(max_n=2, v13a=True), ("0 a", ["0 a", "0 b"])) == pytest.approx(
+        (1 + 2) / 2 + 2)
+
+
+CASES = SHARED / "cases"
+
+
 @needs_expected
-@pytest.mark.parametrize("name, bleu, nist", [("jittor_pred.txt", 0.2039, 2.7430),
-                                              ("torch_pred.txt", 0.2093, 2.9530)])
-def test_bleu_and_nist_of_the_expected_files(name, bleu, nist):
-    segments = challenge_files.load(str(EXPECTED / "ref.txt"), str(EXPECTED / name))
-    pairs = [(segment.prediction, segment.references) for segment in segments]
-    assert score(Bleu(), *pairs) == pytest.approx(bleu, abs=5e-5)
-    assert score(Nist(), *pairs) == pytest.approx(nist, abs=5e-5)
+@pytest.mark.parametrize("ref, pred, v13a, python", [
+    (EXPECTED / "ref.txt", EXPECTED / "jittor_pred.txt", (0.2039, 2.7430), (0.2039, 2.7430)),
+    (EXPECTED / "ref.txt", EXPECTED / "torch_pred.txt", (0.2093, 2.9530), (0.2093, 2.9530)),
+    (CASES / "26-odd-predictions" / "odd_ref.txt", CASES / "26-odd-predictions" / "odd_pred.txt",
+     (0.9886, 3.5819), (1.0160, 3.5922)),
+    (CASES / "31-short-predictions-bleu" / "ref.txt",
+     CASES / "31-short-predictions-bleu" / "pred.txt", (0.0821, 0.0054), (8957.2640, 0.1439)),
+])
+def test_bleu_and_nist_of_the_challenges_script(ref, pred, v13a, python):
+    if not ref.is_file():
+        pytest.skip(f"no {ref}")
+    pairs = [(prediction, references)
+             for _, references, prediction in challenge_files.load(str(ref), str(pred))]
+    for expected, choice in ((v13a, True), (python, False)):
+        assert (score(Bleu(v13a=choice), *pairs), score(Nist(v13a=choice), *pairs)
+                ) == pytest.approx(expected, abs=5e-5)
+
+
+@pytest.mark.parametrize("flags, bleu", [([], 0.0821), (["-p"], 8957.2640)])
+def test_the_flag_p_takes_the_python_version(tmp_path, monkeypatch, capsys, flags, bleu):
+    ref = write(tmp_path / "ref.txt", "a pub in town\n\na bar in the city\n\na cafe by the river\n")
+    pred = write(tmp_path / "pred.txt", "a pub in town\n\n\n")
+    monkeypatch.setattr(coco, "require", lambda: None)
+    monkeypatch.setattr(coco, "scores", lambda references, predictions: {
+        name: (0.0, [0.0] * len(predictions)) for name in ("METEOR", "ROUGE_L", "CIDEr")})
+    monkeypatch.setattr(sys, "argv", ["measure_scores.py", ref, pred, *flags])
+    measure_scores.main()
+    assert f"BLEU: {bleu:.4f}\n" in capsys.readouterr().out
 
 
 sentences = st.lists(st.sampled_from(["The", "café", "is", "£20", "near", "it", "."]),
@@ -122,7 +182,7 @@ documents = st.lists(st.tuples(sentences, st.lists(sentences, min_size=1, max_si
 
 @given(documents, st.randoms(use_true_random=False))
 def test_order_of_segments_and_references_does_not_matter(document, rng):
-    for metric in (Bleu, Nist):
+    for metric in (Bleu, Nist, partial(Bleu, v13a=True), partial(Nist, v13a=True)):
         before = score(metric(), *document)
         shuffled = [(prediction, rng.sample(references, len(references)))
                     for prediction, references in document]
@@ -132,14 +192,15 @@ def test_order_of_segments_and_references_does_not_matter(document, rng):
 
 @given(documents)
 def test_bleu_is_at_most_1_and_that_for_perfect_predictions(document):
-    assert 0 <= score(Bleu(), *document) <= 1 + 1e-12
-    perfect = [(references[-1].upper(), references) for _, references in document]
-    assert score(Bleu(), *perfect) == pytest.approx(1)
+    for v13a in (True, False):
+        assert 0 <= score(Bleu(v13a=v13a), *document) <= 1 + 1e-12
+        perfect = [(references[-1].title(), references) for _, references in document]
+        assert score(Bleu(v13a=v13a), *perfect) == pytest.approx(1)
 
 
 @given(st.lists(st.tuples(st.text(), st.lists(st.text(), min_size=1, max_size=3)), max_size=3))
 def test_any_text_has_scores(document):
-    for metric in (Bleu(), Bleu(smoothing=1), Nist()):
+    for metric in (Bleu(), Bleu(smoothing=1), Nist(), Bleu(v13a=True), Nist(v13a=True)):
         assert math.isfinite(score(metric, *document))
 
 
@@ -165,6 +226,37 @@ def load(tmp_path, ref, pred, ref_name="ref.txt", pred_name="pred.txt", src=None
 ])
 def test_text_files(tmp_path, ref, pred, segments):
     assert load(tmp_path, ref, pred) == segments
+
+
+@pytest.mark.parametrize("ref, pred, predictions", [
+    ("a\rb\r\rc\r\r", "p\rq\r", ["p", "q"]),  # line ends of CR alone
+    ("a\r\rb", "p\nq", ["p", "q"]),
+    ("a\n\nb\n", "p x\rq\nr\n", ["p x\rq", "r"]),  # white space, as in the metrics
+    ("a\r\n\r\nb\r\r\n", "p\r\r\nq\x0br\x85s\u2028t\r\n", ["p", "q\x0br\x85s\u2028t"]),
+])
+def test_carriage_returns_in_text_files(tmp_path, ref, pred, predictions):
+    assert [prediction for _, _, prediction in load(tmp_path, ref, pred)] == predictions
+
+
+def test_carriage_returns_in_tables(tmp_path):
+    names = "ref.csv", "pred.tsv"
+    assert load(tmp_path, "mr,ref\rx,a\ry,b\r", "mr\tout\rx\tp\ry\tq", *names) == [
+        ("x", ["a"], "p"), ("y", ["b"], "q")]
+    assert load(tmp_path, "mr,ref\nx,\"a\rb\"\n", "mr\tout\nx\tp\n", *names) == [
+        ("x", ["a\rb"], "p")]
+    with pytest.raises(InputError, match="ref.csv:2: "):  # is it the end of a row or not?
+        load(tmp_path, "mr,ref\nx,a\ry,b\n", "mr\tout\nx\tp\n", *names)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_carriage_returns_are_said_and_no_cell_of_a_table_has_one(tmp_path, monkeypatch, number):
+    put_java(tmp_path, monkeypatch, JAVA_WITHOUT_METEOR)
+    ref = write(tmp_path / "ref.txt", "a b c d e f\n" * number)
+    pred = write(tmp_path / "pred.txt", "a b c\rd\te f\n" * number)
+    result = run_script(ref, pred, "-l", tmp_path / "out.tsv")
+    rows = (tmp_path / "out.tsv").read_bytes().split(b"\n")
+    assert [row.split(b"\t")[1] for row in rows[1:-1]] == [b"a b c d e f"] * number
+    assert f"note: {number} of {number} inputs have a carriage return" in result.stderr
 
 
 TABLE = [("mr 1", ["the café, £20", "b"], "p"), ("mr 2", ["c"], "")]
@@ -197,6 +289,10 @@ def test_references_of_a_table_are_grouped_by_run_where_predictions_have_no_sour
     ("ref.csv pred.txt", "mr,ref\n\nx,a,b\n", "p\n", None, ["ref.csv:3", "3 columns"]),
     ("ref.csv pred.txt", "x,y,z\n", "p\n", None, ["ref.csv:1", "column of sources"]),
     ("ref.csv pred.txt", "x,\"" + "y" * 200000 + "\"\n", "p\n", None, ["ref.csv:1", "quotation"]),
+    ("ref.csv pred.csv", "mr;ref\nx;a\n", "mr;out\nx;p\n", None, ["pred.csv:1", "semicolons"]),
+    ("ref.csv pred.txt", "mr;ref\nx, y;a\n", "p\n", None, ["ref.csv:1", "semicolons", "tabs"]),
+    ("ref.csv pred.tsv", "x,a\n", "mr 1\tOutside the city\nx\tp\n", None, ["pred.tsv:1", "head"]),
+    ("ref.tsv pred.txt", "Sources\u00a0say\tReferees\nx\ta\n", "p\n", None, ["ref.tsv:1", "head"]),
     ("ref.csv pred.csv", "x,a\n", "y,p\n", None, ["ref.csv", "no reference", "'y'"]),
     ("ref.csv pred.csv", "x,a\n", "x,p\n", "x\ny\n", ["pred.csv", "1 pred", "src.txt", "2 sou"]),
     ("ref.csv pred.csv", "x,a\n", "mr,out\nx,p\n", "y\n", ["pred.csv:2", "'x'", "'y'"]),
@@ -300,6 +396,95 @@ def test_expected_scores_as_a_table_in_another_locale():
                         JAVA_TOOL_OPTIONS="-Duser.language=de -Dfile.encoding=US-ASCII")
     assert result.stdout == ("File\tBLEU\tNIST\tMETEOR\tROUGE_L\tCIDEr\n"
                              f"{pred}\t0.2093\t2.9530\t0.2708\t0.4022\t1.2690\n")
+
+
+SPICE = ("Blue Spice is a pub by the river .\n\nA pub in the city .\nThere is a pub in the city "
+         "centre .\n", "Blue Spice is a pub near the river .\nA pub in the city centre .\n")
+SCORES_OF_SPICE = "BLEU: 0.7755\nNIST: 3.9280\nMETEOR: 0.5082\nROUGE_L: 0.9375\nCIDEr: 6.7892\n"
+
+
+def write_spice(folder: Path) -> tuple[str, str]:
+    return write(folder / "ref.txt", SPICE[0]), write(folder / "pred.txt", SPICE[1])
+
+
+def copy_of_pycocoevalcap(folder: Path) -> Path:
+    shutil.copytree(coco.require(), folder / "pycocoevalcap",
+                    ignore=shutil.ignore_patterns("spice", "__pycache__"))
+    return folder / "pycocoevalcap"
+
+
+@pytest.mark.slow
+@needs_java
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_any_path_of_the_script_and_of_its_packages(tmp_path, locale):
+    """Java follows links: the folder that holds the archives counts."""
+    folder = tmp_path / "my 实验 caf\u00e9 %20 # = [ ; ' \" & $x"
+    for name in ("eval", "src"):
+        shutil.copytree(ROOT / name, folder / name)
+    package = copy_of_pycocoevalcap(folder / "site")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "pycocoevalcap").symlink_to(package)
+    ref, pred = write_spice(folder)
+    for site in (package.parent, tmp_path / "link"):
+        result = subprocess.run(
+            [sys.executable, str(folder / "eval" / "e2e" / "measure_scores.py"), ref, pred, "-p"],
+            capture_output=True, encoding="utf-8", timeout=300,
+            env={**os.environ, "PYTHONPATH": str(site), "LC_ALL": locale})
+        assert SCORES_OF_SPICE in result.stdout, result.stderr
+        assert result.returncode == 0
+
+
+@pytest.mark.slow
+@needs_java
+def test_a_colon_in_the_path_of_the_archives(tmp_path):
+    package = copy_of_pycocoevalcap(tmp_path / "a:b")
+    assert coco.tokenize(["A Pub, here"], package) == ["a pub here"]
+    assert coco.meteor([["a pub here"]], ["a pub here"], package)[0] == pytest.approx(1)
+
+
+@pytest.mark.slow
+@needs_java
+@pytest.mark.parametrize("name", ["_JAVA_OPTIONS", "JDK_JAVA_OPTIONS"])
+def test_options_that_java_takes_from_the_environment_change_no_score(tmp_path, name):
+    ref, pred = write_spice(tmp_path)
+    result = run_script(ref, pred, "-p", **{
+        name: "-Duser.language=de -Duser.country=DE -Dfile.encoding=UTF-16 -Xmx1500m"})
+    assert SCORES_OF_SPICE in result.stdout, result.stderr
+    assert (result.returncode, result.stderr.count("\n")) == (0, 1)
+
+
+# As the real one, it names its options on stderr; its tokenizer gives back what it gets.
+JAVA_WITHOUT_METEOR = """#!/bin/sh
+echo "Picked up _JAVA_OPTIONS: -XX:+ExitOnOutOfMemoryError" >&2
+case "$*" in
+    *PTBTokenizer*) exec cat ;;
+    *) echo "Error occurred during initialization of VM" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-t", "-H"]])
+def test_without_meteor_the_other_scores_are_printed(tmp_path, monkeypatch, flags):
+    put_java(tmp_path, monkeypatch, JAVA_WITHOUT_METEOR)
+    ref, pred = write_spice(tmp_path)
+    result = run_script(ref, pred, "-p", *flags)
+    scores = re.findall(r"[\d.]{6}|missing", result.stdout.replace("/pred.txt", ""))
+    assert scores[:3] == ["0.7755", "3.9280", "missing"]
+    assert len(scores) == 5
+    error = result.stderr.splitlines()[1:]
+    assert len(error) == 1 and error[0].startswith(
+        "error: METEOR failed in Java (Error occurred during initialization of VM)")
+    assert result.returncode == 1
+
+
+def test_without_meteor_the_other_scores_of_segments_are_written(tmp_path, monkeypatch):
+    put_java(tmp_path, monkeypatch, JAVA_WITHOUT_METEOR)
+    ref, pred = write_spice(tmp_path)
+    result = run_script(ref, pred, "-l", tmp_path / "segments.tsv")
+    rows = [line.split("\t") for line in (tmp_path / "segments.tsv").read_text().splitlines()]
+    assert [row[5] for row in rows] == ["METEOR", "missing", "missing"]
+    assert all(float(field) >= 0 for row in rows[1:] for field in row[2:5] + row[6:])
+    assert result.returncode == 1 and "METEOR failed" in result.stderr
 
 
 @pytest.mark.slow

@@ -3,13 +3,15 @@
 Text files have one prediction per line; or one reference per line, with an empty line after the
 references of each input; without empty lines, each input has one reference. TSV and CSV files (the
 file extension decides) have a column of sources and one of texts, found by their headings; a file
-without headings has only these two columns.
+without headings has only these two columns. In a file with LF or CRLF line ends, a CR inside a
+line or a quoted cell is white space.
 """
 
 from __future__ import annotations
 
 import csv
 import re
+from functools import partial
 from typing import NamedTuple
 
 from runtime.errors import InputError
@@ -22,6 +24,8 @@ _PREDICTION = re.compile(
 _REFERENCE = re.compile(
     r"(?:trg|tgt|target|ref(?:erence)?|human(?:[_ .-](?:ref(?:erence)?))?)s?", re.I)
 _REPAIRS = (("Ł", "£"), ("Â£", "£"), ("Ã©", "é"), ("ã©", "é"))  # wrongly decoded UTF-8
+
+_lines = partial(read_lines, cr_in_lines=True)
 
 
 class Segment(NamedTuple):
@@ -52,7 +56,7 @@ def load(ref_file: str, pred_file: str, src_file: str | None = None) -> list[Seg
         if src_file is not None:
             _check_sources(pred_file, rows, src_file)
     else:
-        predictions = [line.strip() for line in read_lines(pred_file)]
+        predictions = [line.strip() for line in _lines(pred_file)]
         sources = [""] * len(predictions)
     if not predictions:
         raise InputError(f"{pred_file}: the file is empty; it must have one prediction per line")
@@ -76,7 +80,7 @@ def _is_table(path: str) -> bool:
 def _read_table(path: str, text_heading: re.Pattern) -> list[Row]:
     """The rows of a TSV or CSV file (a tab in its first line makes it TSV), headings left out."""
     numbered = []
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         for wrong, right in _REPAIRS:
             line = line.replace(wrong, right)
         if line.strip():
@@ -95,6 +99,9 @@ def _read_table(path: str, text_heading: re.Pattern) -> list[Row]:
         raise InputError(f"{path}:{line}: {error}; check the quotation marks") from None
 
     width = len(rows[0][1])
+    if width == 1 and ";" in lines[0]:
+        raise InputError(f"{path}:1: the separators are semicolons; save the table with commas, "
+                         "or as .tsv with tabs")
     for line, fields in rows:
         if len(fields) != width:
             raise InputError(f"{path}:{line}: {len(fields)} columns, but {width} in the first "
@@ -109,14 +116,15 @@ def _read_table(path: str, text_heading: re.Pattern) -> list[Row]:
 
 def _columns(path: str, first: list[str], text_heading: re.Pattern) -> tuple[int, int] | None:
     """The columns of sources and texts; None if there are only these two and no headings."""
-    # As in the challenge's script, a heading only has to start with the right word. If that is
-    # ambiguous, the whole heading must match ("Outside the city, ..." is a text, not a heading).
-    for match in (re.match, re.fullmatch):
-        found = [[column for column, field in enumerate(first) if match(pattern, field)]
-                 for pattern in (_SOURCE, text_heading)]
-        if [len(columns) for columns in found] == [1, 1]:
+    # As in the challenge's script, a heading only has to start with the right word, but one of
+    # the two must be no more than that: "mr 1" and "Outside the city, ..." are a row of data.
+    starting, exact = ([[column for column, field in enumerate(first) if match(pattern, field)]
+                        for pattern in (_SOURCE, text_heading)]
+                       for match in (re.match, re.fullmatch))
+    for found in (starting, exact):
+        if any(exact) and [len(columns) for columns in found] == [1, 1]:
             return found[0][0], found[1][0]
-    if found == [[], []] and len(first) == 2:
+    if not any(exact) and not all(starting) and len(first) == 2:
         return None
     raise InputError(f"{path}:1: cannot tell the column of sources from that of texts; head one "
                      "column 'source' and one 'reference', or give just these two in this order")
@@ -124,7 +132,7 @@ def _columns(path: str, first: list[str], text_heading: re.Pattern) -> tuple[int
 
 def _check_sources(pred_file: str, rows: list[Row], src_file: str) -> None:
     """Raises InputError unless the table's sources are the lines of ``src_file``."""
-    expected = [line.strip() for line in read_lines(src_file)]
+    expected = [line.strip() for line in _lines(src_file)]
     if len(rows) != len(expected):
         raise InputError(f"{pred_file} has {len(rows)} predictions, but {src_file} has "
                          f"{len(expected)} sources; give one prediction per source")
@@ -157,7 +165,7 @@ def _references_of_table(path: str, sources: list[str]) -> list[list[str]]:
 
 def _references_of_text(path: str, predictions: int) -> list[list[str]]:
     """The groups of references of a text file, for a number of ``predictions``."""
-    lines = [line.strip() for line in read_lines(path)]
+    lines = [line.strip() for line in _lines(path)]
     separated = "" in lines
     while lines and not lines[-1]:
         lines.pop()

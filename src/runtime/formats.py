@@ -1,12 +1,14 @@
 """The files that stages pass to each other: strict reading, and writing that completes or fails.
 
-Text files are UTF-8, one record a line; a byte order mark and CRLF line ends are accepted.
+Text files are UTF-8, or UTF-16 or UTF-32 with their mark, one record a line. A line ends at LF,
+CRLF or CR and nowhere else: other line and paragraph separators of Unicode are text.
 ``*_formatted.jsonl`` holds ``{"context": str, "completion": str}``, ``*.jsonl`` the same keys with
 lists of token ids, a prediction file ``{"id": int, "predict": [int, ...]}``.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import json
@@ -22,10 +24,13 @@ from typing import IO, Callable, Iterable, Iterator
 from runtime.errors import InputError
 
 
-def read_lines(path: str | os.PathLike, remedy: str = "check the path") -> list[str]:
-    """All lines of a UTF-8 file without their line ends.
+def read_lines(path: str | os.PathLike, remedy: str = "check the path",
+               cr_in_lines: bool = False) -> list[str]:
+    """All lines of a text file without their line ends.
 
-    Raises InputError for a file that is missing (naming ``remedy``), unreadable or not UTF-8.
+    With ``cr_in_lines``, in a file with LF or CRLF line ends any other CR is part of its line.
+    Raises InputError for a file that is missing (naming ``remedy``), unreadable or of another
+    encoding.
     """
     try:
         data = Path(path).read_bytes()
@@ -33,18 +38,50 @@ def read_lines(path: str | os.PathLike, remedy: str = "check the path") -> list[
         raise InputError(f"{path}: no such file; {remedy}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
-    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines[-1] == b"":  # the line break of the last line, or an empty file
+    text = _decoded(data, path, remedy)
+    if "\r" in text:  # some programs turn CRLF into CR CR LF
+        text = re.sub("\r+\n" if cr_in_lines and "\n" in text else "\r+\n|\r", "\n", text)
+    lines = text.split("\n")
+    if lines[-1] == "":  # the line break of the last line, or an empty file
         lines.pop()
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts.append(line.removesuffix(b"\r").decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line); "
-                             f"convert the file, e.g. iconv -f LATIN1 -t UTF-8, or {remedy}"
+    return lines
+
+
+_MARKS = ((codecs.BOM_UTF32_LE, "UTF-32-LE"), (codecs.BOM_UTF32_BE, "UTF-32-BE"),
+          (codecs.BOM_UTF16_LE, "UTF-16-LE"), (codecs.BOM_UTF16_BE, "UTF-16-BE"))
+# Names that Python and iconv know; the first of those that fit equally well is taken.
+_ENCODINGS = ("GB18030", "BIG5", "CP1252", "EUC-JP", "EUC-KR", "CP932", "CP1251", "KOI8-R",
+              "CP1250", "CP1253", "CP1254", "CP1255", "CP1256")
+
+
+def _decoded(data: bytes, path: str | os.PathLike, remedy: str) -> str:
+    # UTF-32-LE's mark begins with UTF-16-LE's. Two bytes and no text are rather a damaged file.
+    mark, encoding = next((pair for pair in _MARKS if data.startswith(pair[0]) and len(data) > 2),
+                          (codecs.BOM_UTF8, "UTF-8"))
+    data = data.removeprefix(mark)
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = re.split("\r*\n|\r", data[:error.start].decode(encoding))
+        where = f"{path}:{len(before)}: not {encoding}"
+        if encoding != "UTF-8":
+            raise InputError(f"{where}, though the file has its mark; repair the file, or {remedy}"
                              ) from None
-    return texts
+        start = error.start - len(before[-1].encode())
+        raise InputError(f"{where} (byte {error.start - start + 1} of the line); convert the "
+                         f"file, e.g. iconv -f {_likely_encoding(data[start:])} -t UTF-8, or "
+                         f"{remedy}") from None
+
+
+def _likely_encoding(data: bytes) -> str:
+    """The name of the encoding, not UTF-8, that ``data`` is most likely in."""
+    from charset_normalizer import from_bytes  # here: it is slow to load, and rarely needed
+    sample = b"\n".join(data.split(b"\n", 200)[:200])  # whole lines: no character is cut
+    names = {codecs.lookup(name).name.replace("-", "_"): name for name in _ENCODINGS}
+    found = [(match.chaos > 0.1, -match.coherence, _ENCODINGS.index(names[codec]))
+             for match in from_bytes(sample, cp_isolation=list(names), threshold=0.5)
+             for codec in match.could_be_from_charset if codec in names]
+    return _ENCODINGS[min(found)[2]] if found else "ENCODING"
 
 
 def read_jsonl(path: str | os.PathLike, keys: dict[str, type],

@@ -11,6 +11,7 @@ text a segment; a metric returns the document's score and a list with each segme
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -20,8 +21,8 @@ from pathlib import Path
 from runtime.errors import InputError
 
 # Decimal points and UTF-8 whatever the locale; Java's own complaints not among the answers.
-_JAVA = ["java", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",
-         "-XX:+DisplayVMOutputToStderr"]
+_JAVA_OPTIONS = ["-Dfile.encoding=UTF-8", "-Duser.language=en", "-Duser.country=US",
+                 "-XX:+DisplayVMOutputToStderr"]
 _LINE_BREAKS = re.compile("[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 Scores = tuple[float, list[float]]  # of the document, of its segments
@@ -31,7 +32,8 @@ def require() -> Path:
     """The folder of pycocoevalcap; raises InputError where it or Java is missing."""
     if shutil.which("java") is None:
         raise InputError("no java on the PATH, which METEOR needs; install it: "
-                         "apt-get install default-jre-headless")
+                         "apt-get install default-jre-headless, or, without root: "
+                         "conda install -c conda-forge openjdk")
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None:
         raise InputError("the Python package pycocoevalcap is missing; install it: "
@@ -39,10 +41,12 @@ def require() -> Path:
     return Path(next(iter(package.submodule_search_locations)))
 
 
-def scores(references: list[list[str]], predictions: list[str]) -> dict[str, Scores]:
+def scores(references: list[list[str]],
+           predictions: list[str]) -> dict[str, Scores | InputError]:
     """``{"METEOR": (document, segments), "ROUGE_L": ..., "CIDEr": ...}`` of untokenised texts.
 
-    Takes 10 to 80 s on 2 cores, mostly METEOR. Raises InputError where Java fails or is missing.
+    Takes 10 to 80 s on 2 cores, mostly METEOR. Raises InputError where Java is missing or fails;
+    where it fails only in METEOR, which needs the most memory, the error stands for its scores.
     """
     package = require()
     # All references, then all predictions: the tokenizer takes a full stop after "Inc." in
@@ -50,7 +54,11 @@ def scores(references: list[list[str]], predictions: list[str]) -> dict[str, Sco
     tokens = iter(tokenize([text for segment in references for text in segment], package))
     references = [[next(tokens) for _ in segment] for segment in references]
     predictions = tokenize(predictions, package)
-    return {"METEOR": meteor(references, predictions, package),
+    try:
+        of_meteor = meteor(references, predictions, package)
+    except InputError as error:
+        of_meteor = error
+    return {"METEOR": of_meteor,
             "ROUGE_L": rouge_l(references, predictions),
             "CIDEr": cider(references, predictions)}
 
@@ -58,11 +66,11 @@ def scores(references: list[list[str]], predictions: list[str]) -> dict[str, Sco
 def tokenize(texts: list[str], package: Path) -> list[str]:
     """Each text as lower-cased Penn Treebank tokens, joined by spaces, without punctuation."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS  # here: require() comes first
-    jar = package / "tokenizer" / "stanford-corenlp-3.4.1.jar"
     lines = "\n".join(_LINE_BREAKS.sub(" ", text) for text in texts)
     done = subprocess.run(
-        [*_JAVA, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer",
-         "-preserveLines", "-lowerCase", "-encoding", "UTF-8"],
+        [*_java(), "-cp", "tokenizer/stanford-corenlp-3.4.1.jar",
+         "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding",
+         "UTF-8"], cwd=package, env=_environment(),
         input=lines.encode("utf-8"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     tokenized = done.stdout.decode("utf-8").split("\n")
     if done.returncode != 0 or len(tokenized) != len(texts):
@@ -73,13 +81,14 @@ def tokenize(texts: list[str], package: Path) -> list[str]:
 
 def meteor(references: list[list[str]], predictions: list[str], package: Path) -> Scores:
     """METEOR of tokenised texts, from one Java process that ends with this call."""
-    command = [*_JAVA, "-Xmx2G", "-jar", str(package / "meteor" / "meteor-1.5.jar"),
-               "-", "-", "-stdio", "-l", "en", "-norm"]
+    # Without -a it looks for its paraphrases under the URL of its archive, in which a blank is %20.
+    command = [*_java(), "-Xmx2G", "-jar", "meteor/meteor-1.5.jar", "-", "-", "-stdio",
+               "-l", "en", "-norm", "-a", "meteor/data/paraphrase-en.gz"]
     # Its messages go to a file: a pipe that nobody reads would block it when full.
     with tempfile.TemporaryFile() as messages:
         try:
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=messages) as process:
+                                  stderr=messages, cwd=package, env=_environment()) as process:
                 try:
                     statistics = [_ask(process, ["SCORE", *map(_without_bars, [*segment, text])])
                                   for segment, text in zip(references, predictions)]
@@ -91,6 +100,21 @@ def meteor(references: list[list[str]], predictions: list[str], package: Path) -
         except (OSError, ValueError):  # it ended early, or answered with a message
             messages.seek(0)
             raise _java_failed("METEOR", messages.read()) from None
+
+
+def _java() -> list[str]:
+    """The start of a command that runs in the package's folder.
+
+    Its archives have relative names there: a class path cannot name a folder with a colon.
+    """
+    return [os.path.abspath(shutil.which("java")), *_JAVA_OPTIONS]
+
+
+def _environment() -> dict[str, str]:
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}  # else Java cannot open a path not in ASCII
+    if "_JAVA_OPTIONS" in environment:  # stronger than those of the command
+        environment["_JAVA_OPTIONS"] = " ".join([environment["_JAVA_OPTIONS"], *_JAVA_OPTIONS])
+    return environment
 
 
 def _ask(process: subprocess.Popen, fields: list[str]) -> str:
@@ -106,7 +130,8 @@ def _without_bars(text: str) -> str:
 
 
 def _java_failed(who: str, messages: bytes) -> InputError:
-    lines = messages.decode("utf-8", "replace").strip().splitlines() or ["no message"]
+    lines = [line for line in messages.decode("utf-8", "replace").strip().splitlines()
+             if not line.startswith("Picked up ")] or ["no message"]
     telling = [line for line in lines if re.search("error|exception", line, re.IGNORECASE)]
     return InputError(f"{who} failed in Java ({(telling or lines)[0].strip()}); check that "
                       "`java -version` says 8 or newer and that 2 GB of memory are free")

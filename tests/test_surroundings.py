@@ -40,7 +40,7 @@ script.run(main)
 def start(root, python=sys.executable, cwd=None, without=(), **variables):
     """What START prints after the line on the device, or the process if it failed."""
     environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-    for name in {"cache_name", "use_mkl", *without} - set(variables):
+    for name in {"cache_name", "use_mkl", "cc_path", *without} - set(variables):
         environment.pop(name, None)
     process = subprocess.run([python, "-c", START, root / "src"], capture_output=True, text=True,
                              env=environment, cwd=cwd, timeout=60)

@@ -158,7 +158,7 @@ def main() -> None:
     settings = settings_of(args)
     processes.check_same({**vars(args), **settings})
     output = args.work_dir / args.output_file
-    state = SearchState(args.work_dir, output, settings)
+    state = SearchState(args.work_dir, output, settings, log)
     state.load(args.resume, len(distinct), args.eval_len)
     if processes.total_number(state.finished and processes.rank() == 0):
         log(f"finished before, nothing to do: {output}; --resume no searches anew")

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Callable
 
 from runtime import processes
 from runtime.download import sha256
 from runtime.errors import InputError
 from runtime.formats import replacing
-from runtime.progress import log
 
 
 class SearchState:
-    """``answers``, by number of the context, of the search that has these ``settings``."""
+    """``answers``, by number of the context, of the search that has these ``settings``.
 
-    def __init__(self, work_dir: Path, output: Path, settings: dict[str, object]):
-        self.output, self.settings = output, settings
+    ``say`` gets a line where an earlier state is not used.
+    """
+
+    def __init__(self, work_dir: Path, output: Path, settings: dict[str, object],
+                 say: Callable[[str], None]):
+        self.output, self.settings, self.say = output, settings, say
         self.path = work_dir / f"{output.name}.state"
         self.own = (self.path if processes.rank() == 0 else
                     self.path.with_name(f"{self.path.name}.{processes.rank()}"))
@@ -46,7 +50,7 @@ class SearchState:
                            for number, ids in answers.items()):
                     raise ValueError
             except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                log(f"{path}: no state of a beam search; starting from the beginning")
+                self.say(f"{path}: no state of a beam search; starting from the beginning")
                 continue
             if not same and resume == "yes":
                 raise InputError(f"{path}: of a search with other flags or files; give the same, "
@@ -55,7 +59,7 @@ class SearchState:
                 self.answers.update(answers)
                 self.finished |= self.output.is_file() and digest == sha256(self.output)
             else:
-                log(f"{path}: of a search with other flags or files; starting from the beginning")
+                self.say(f"{path}: of a search with other flags or files; starting from the beginning")
 
     def begin(self) -> None:
         """Writes the answers so far to this process's file, for :meth:`add` to continue."""

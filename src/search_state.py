@@ -59,7 +59,8 @@ class SearchState:
                 self.answers.update(answers)
                 self.finished |= self.output.is_file() and digest == sha256(self.output)
             else:
-                self.say(f"{path}: of a search with other flags or files; starting from the beginning")
+                self.say(f"{path}: of a search with other flags or files; starting from the "
+                         "beginning")
 
     def begin(self) -> None:
         """Writes the answers so far to this process's file, for :meth:`add` to continue."""

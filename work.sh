@@ -133,6 +133,7 @@ generate() {  # CHECKPOINT OUTPUT_FILE FLAG...
         --init_checkpoint "$1" \
         --work_dir "$WORK_DIR" \
         --output_file "$2" \
+        --resume "$RESUME" \
         --device "$DEVICE" "${@:3}"
 }
 

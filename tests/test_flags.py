@@ -288,7 +288,7 @@ def test_work_runs_the_documents_commands(work):
     assert values_of("gpt2_beam", beam) == values_of("gpt2_beam", [
         *BEAM, "--data", "./data/e2e/test.jsonl", "--init_checkpoint",
         "./trained_models/GPT2_M/e2e/model.7.pt", "--work_dir", "./trained_models/GPT2_M/e2e",
-        "--output_file", "predict.7.b10p08r4.jsonl"])
+        "--output_file", "predict.7.b10p08r4.jsonl", "--resume", "auto"])
     assert called["gpt2_decode"] == [shlex.split(
         "--vocab ./vocab --sample_file ./trained_models/GPT2_M/e2e/predict.7.b10p08r4.jsonl "
         "--input_file ./data/e2e/test_formatted.jsonl --output_ref_file e2e_ref.txt "
@@ -308,7 +308,7 @@ VARIABLES = [  # and the values that they change in stages 3 and 4
     ({"LORA_ALPHA": 16}, {"lora_alpha": 16}, {"lora_alpha": 16}),
     ({"BEAM_BATCH_SIZE": 16}, {}, {"batch_size": 16}),
     ({"DEVICE": "cpu"}, {"device": "cpu"}, {"device": "cpu"}),
-    ({"RESUME": "no"}, {"resume": "no"}, {}),
+    ({"RESUME": "no"}, {"resume": "no"}, {"resume": "no"}),
     ({"BASE_STEPS": 3}, {}, {}),
     ({"EPOCHS": ""}, {}, {}),
     ({"EPOCHS": 2, "LORA_DIM": 2, "LORA_ALPHA": 2}, {"max_epoch": 2, "lora_dim": 2,
@@ -376,4 +376,4 @@ def test_demo_takes_both_files(work):
         *BEAM, "--model_card", "gpt2.nano", "--batch_size", "16",
         "--data", "./data/demo/work/test.jsonl",
         "--init_checkpoint", "./trained_models/demo/model.7.pt",
-        "--work_dir", "./trained_models/demo", "--output_file", "lora.jsonl"])
+        "--work_dir", "./trained_models/demo", "--output_file", "lora.jsonl", "--resume", "auto"])

@@ -23,16 +23,19 @@ scores = pytest.mark.skipif(shutil.which("java") is None, reason="scores need Ja
 
 
 @pytest.fixture
-def copy(root, vocab, tmp_path):
-    """A copy of the repository's scripts, so that tests do not overwrite the user's files."""
+def copy(root, vocab, tmp_path, request):
+    """A copy of the repository's scripts, so that tests do not overwrite the user's files.
+
+    The test may give the name of its folder as a parameter.
+    """
+    copy = tmp_path / getattr(request, "param", "copy")
     ignore = shutil.ignore_patterns("__pycache__", "work", "e2e")
-    for folder in ("src", "vocab"):
-        shutil.copytree(root / folder, tmp_path / "copy" / folder, ignore=ignore)
-    shutil.copytree(root / "data", tmp_path / "copy" / "data", ignore=ignore)
-    shutil.copytree(root / "eval", tmp_path / "copy" / "eval")
+    for folder in ("src", "vocab", "data"):
+        shutil.copytree(root / folder, copy / folder, ignore=ignore)
+    shutil.copytree(root / "eval", copy / "eval")
     for file in ("work.sh", "setup.sh", "requirement.txt"):
-        shutil.copy(root / file, tmp_path / "copy" / file)
-    return tmp_path / "copy"
+        shutil.copy(root / file, copy / file)
+    return copy
 
 
 def work(folder, *words, **variables):
@@ -77,6 +80,7 @@ def test_demo_of_two_processes(copy):
 
 @scores
 @pytest.mark.slow
+@pytest.mark.parametrize("copy", ["copy", "My Projects", "我的 项目's"], indirect=True)
 def test_experiment(copy):
     """work.sh runs all four stages, finds the last checkpoint and writes the documented files."""
     subprocess.run([sys.executable, "data/demo/generate.py", "data/e2e"], cwd=copy, check=True,

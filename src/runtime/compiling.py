@@ -66,14 +66,17 @@ def take_over() -> None:
     import jittor_utils
 
     jittor_utils.DelayProgress = CoreProgress
-    jittor_utils.pool_initializer = partial(_begin_compiler, jittor_utils.pool_initializer)
+    jittor_utils.pool_initializer = partial(_begin_compiler, os.getpid(),
+                                            jittor_utils.pool_initializer)
 
 
-def _begin_compiler(initializer: Callable[[], None]) -> None:
+def _begin_compiler(parent: int, initializer: Callable[[], None]) -> None:
     # A terminal sends Ctrl-C to these processes, too: one that ends with the lock of their queue
     # makes the end of the pool wait for ever. They end with the main process, whose lock they hold.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
     with suppress(Exception):  # Python would start another process in its place, without end
         initializer()
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from runtime.download import fetch, git_blob_id, is_there  # noqa: E402
+from runtime.digests import git_blob_id  # noqa: E402
+from runtime.download import fetch, is_there  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
 from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.formats import replacing  # noqa: E402

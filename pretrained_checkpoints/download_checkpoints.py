@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from runtime.download import TIMEOUT, USER_AGENT, fetch, sha256  # noqa: E402
+from runtime.digests import sha256  # noqa: E402
+from runtime.download import TIMEOUT, USER_AGENT, fetch  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
 from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.progress import log  # noqa: E402

@@ -15,9 +15,15 @@ import numpy as np
 
 from config import MODEL_CARDS, LoRAConfig
 from runtime import backend, memory, processes
-from runtime.download import sha256
 from runtime.errors import Interrupted
-from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, at_least, between
+from runtime.flags import (
+    ArgumentParser,
+    add_device_flag,
+    add_resume_flag,
+    at_least,
+    between,
+    settings_of,
+)
 from runtime.formats import write_jsonl
 from runtime.locks import exclusive
 from runtime.progress import Progress, log
@@ -81,12 +87,6 @@ def parse_args() -> argparse.Namespace:
 # Flags that do not change the predictions: a search that is continued may differ in them.
 FREE_FLAGS = {"work_dir", "output_file", "batch_size", "resume", "device"}
 FILE_FLAGS = ("data", "init_checkpoint", "lora_checkpoint")
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """What a search must share with the one that it continues, by flag; for a file its SHA-256."""
-    return {name: sha256(Path(value)) if name in FILE_FLAGS and value and Path(value).is_file()
-            else value for name, value in vars(args).items() if name not in FREE_FLAGS}
 
 
 def report_cuts(args: argparse.Namespace, samples: list[tuple[list[int], list[int]]]) -> None:
@@ -155,7 +155,7 @@ def main() -> None:
     queries = data.queries()
     report_cuts(args, data.samples)
     distinct = sorted(dict.fromkeys(queries), key=len)
-    settings = settings_of(args)
+    settings = settings_of(args, FREE_FLAGS, FILE_FLAGS)
     processes.check_same({**vars(args), **settings})
     output = args.work_dir / args.output_file
     state = SearchState(args.work_dir, output, settings, log)

@@ -12,9 +12,16 @@ from pathlib import Path
 
 from config import MODEL_CARDS, LoRAConfig
 from runtime import backend, memory, processes
-from runtime.download import sha256
 from runtime.errors import InputError
-from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, at_least, seed, share
+from runtime.flags import (
+    ArgumentParser,
+    add_device_flag,
+    add_resume_flag,
+    at_least,
+    seed,
+    settings_of,
+    share,
+)
 from runtime.locks import exclusive
 from runtime.progress import Progress, log
 from runtime.script import StopRequest, run
@@ -117,16 +124,6 @@ def parse_args() -> argparse.Namespace:
 # Flags that change neither the losses nor the log: a resumed run may differ in them.
 FREE_FLAGS = {"work_dir", "save_interval", "state_interval", "keep_last", "resume", "device"}
 FILE_FLAGS = ("train_data", "valid_data", "init_checkpoint", "lora_checkpoint")
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """What a run must share with the one that it resumes, by flag; for a file its SHA-256.
-
-    ``np`` is mpirun's flag for the number of processes.
-    """
-    settings = {name: sha256(Path(value)) if name in FILE_FLAGS and value and Path(value).is_file()
-                else value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    return {**settings, "np": processes.world_size()}
 
 
 def is_finished(args: argparse.Namespace, settings: dict[str, object]) -> bool:
@@ -255,7 +252,8 @@ def main() -> None:
     if args.warmup_step >= max_step and args.scheduler in ("linear", "constant", "cosine"):
         log(f"--warmup_step {args.warmup_step}: the run has only {max_step} micro-batches, so its "
             f"learning rate never reaches --lr {args.lr:g}; lower it")
-    settings = settings_of(args)
+    # np is mpirun's flag for the number of processes
+    settings = {**settings_of(args, FREE_FLAGS, FILE_FLAGS), "np": processes.world_size()}
     processes.check_same({**vars(args), **settings})
     options = RunOptions(
         work_dir=args.work_dir, max_step=max_step, max_epoch=args.max_epoch,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable
 
 from runtime import processes
-from runtime.download import sha256
+from runtime.digests import sha256
 from runtime.errors import InputError
 from runtime.formats import replacing
 
@@ -46,8 +46,8 @@ class SearchState:
                 header, *lines = map(json.loads, path.read_bytes().split(b"\n")[:-1])
                 answers = {int(number): [int(token) for token in ids] for number, ids in lines}
                 same, digest = header["settings"] == self.settings, header.get("sha256")
-                if not all(number in range(contexts) and len(ids) <= eval_len and min(ids) >= 0
-                           for number, ids in answers.items()):
+                if not all(number in range(contexts) and len(ids) <= eval_len
+                           and all(token >= 0 for token in ids) for number, ids in answers.items()):
                     raise ValueError
             except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 self.say(f"{path}: no state of a beam search; starting from the beginning")

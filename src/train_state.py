@@ -19,7 +19,7 @@ import numpy as np
 
 from optimizer import AdamW
 from runtime import torch_file
-from runtime.download import sha256
+from runtime.digests import sha256
 from runtime.errors import InputError
 from runtime.formats import replacing
 

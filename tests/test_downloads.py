@@ -20,6 +20,7 @@ import pytest
 from download_checkpoints import Checkpoint
 
 from runtime import download
+from runtime.digests import git_blob_id, sha256
 from runtime.errors import InputError
 
 CONTENT = random.Random(1).randbytes(300_000)
@@ -95,7 +96,7 @@ def path(tmp_path):
 
 
 def fetch(server, path, expected=SHA256):
-    download.fetch(f"{server.url}/file", path, download.sha256, expected)
+    download.fetch(f"{server.url}/file", path, sha256, expected)
 
 
 def files_in(folder):
@@ -172,7 +173,7 @@ def test_no_server(monkeypatch, path):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/file"
     with pytest.raises(InputError, match="refused.*run this again"):
-        download.fetch(url, path, download.sha256, SHA256)
+        download.fetch(url, path, sha256, SHA256)
 
 
 def test_a_place_that_cannot_be_written(server, tmp_path):
@@ -186,17 +187,17 @@ def test_a_file_of_the_users_is_kept(path):
     path.parent.mkdir()
     path.write_text("mine")
     with pytest.raises(InputError, match="move it away"):
-        download.is_there(path, download.sha256, SHA256)
+        download.is_there(path, sha256, SHA256)
     assert path.read_text() == "mine"
     path.write_bytes(CONTENT)
-    assert download.is_there(path, download.sha256, SHA256)
+    assert download.is_there(path, sha256, SHA256)
 
 
 def test_git_blob_id_is_that_of_git(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(CONTENT)
     git = subprocess.run(["git", "hash-object", file], capture_output=True, text=True, check=True)
-    assert download.git_blob_id(file) == git.stdout.strip()
+    assert git_blob_id(file) == git.stdout.strip()
 
 
 # Several processes at once
@@ -205,8 +206,9 @@ FETCH = """
 import sys
 from pathlib import Path
 from runtime import download, script
+from runtime.digests import git_blob_id, sha256
 url, path, expected = sys.argv[1:]
-script.run(lambda: download.fetch(url, Path(path), download.sha256, expected))
+script.run(lambda: download.fetch(url, Path(path), sha256, expected))
 """
 
 

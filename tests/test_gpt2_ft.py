@@ -431,15 +431,25 @@ def test_beam_search_reports_what_is_cut(search, tmp_path, monkeypatch, seq_len)
                     "--eval_len to 6 and --seq_len to 11 to cut none"])
 
 
-def test_predictions_end_with_the_sequence(search, tmp_path):
-    """Each of the vocabulary's tokens but one ends a sequence: most predictions have one token."""
-    ends = [flag for token in range(1, 50257) for flag in ("--eos_token_id", token)]
-    code, said, _, output = search(*ends)
-    assert (code, said) == (0, "")
-    for record in map(json.loads, output.decode().splitlines()):
-        assert len(record["predict"]) == 4 and 1 <= record["length"] <= 4
-        assert record["predict"][record["length"]:] == [0] * (4 - record["length"])
-        assert record["length"] == 4 or record["predict"][record["length"] - 1] != 0
+def test_predictions_end_with_the_sequence(search):
+    """One beam is a greedy search: with further end tokens, it ends at the first of them."""
+    free = [json.loads(line) for line in search()[3].splitlines()]
+    ends = {record["predict"][1] for record in free}
+    _, _, _, output = search(*(word for token in ends for word in ("--eos_token_id", token)))
+    for record, before in zip(map(json.loads, output.splitlines()), free):
+        length = next(i for i, token in enumerate(before["predict"], start=1) if token in ends)
+        assert record["length"] == length <= 2
+        assert record["predict"] == before["predict"][:length] + [0] * (4 - length)
+
+
+def test_an_empty_prediction_is_an_answer(search, tmp_path):
+    _, _, contexts, whole = search()
+    state = tmp_path / "out.jsonl.state"
+    header = json.dumps({"settings": json.loads(state.read_text())["settings"]})
+    state.write_text("\n".join([header, *(f"[{n}, []]" for n in range(contexts)), ""]))
+    code, said, searched, output = search("--resume")
+    assert (code, said, searched) == (0, "", 0)
+    assert all(json.loads(line)["length"] == 0 for line in output.splitlines()) and whole
 
 
 def test_a_state_of_another_beam_search(search, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from runtime.download import sha256  # noqa: E402
+from runtime.digests import sha256  # noqa: E402
 from runtime.errors import InputError  # noqa: E402
 from runtime.flags import ArgumentParser  # noqa: E402
 from runtime.formats import replacing  # noqa: E402

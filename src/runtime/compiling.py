@@ -8,6 +8,8 @@ file as a script: it shows these reports as progress and passes on everything el
 a line if this process waits for another one that compiles, and if this process crashes.
 """
 
+from __future__ import annotations
+
 import atexit
 import ctypes
 import os
@@ -20,7 +22,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Callable, Optional, Tuple
+from typing import Callable
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, for `runtime`
@@ -34,9 +36,8 @@ END = b"\0the process ends\n"  # the last line of a process that does not crash
 CRASH = "was killed or crashed; if its memory ran out, take smaller batches or a smaller model"
 WAITING = "waiting for another process that compiles for the same cache ..."
 
-
 # While stderr is watched: the descriptors of the real one and of the pipe to the relay.
-_watched: Optional[Tuple[int, int]] = None
+_watched: tuple[int, int] | None = None
 
 
 class CoreProgress:

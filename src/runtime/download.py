@@ -5,7 +5,6 @@ The process that transfers it has the part locked, and others wait. Only Python'
 client is used; it honours ``http_proxy``, ``https_proxy`` and ``no_proxy``.
 """
 
-import hashlib
 import http.client
 import os
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, Callable, Iterator
 
 from runtime.errors import InputError
-from runtime.formats import lock
+from runtime.locks import lock
 from runtime.progress import Progress, log
 
 ATTEMPTS = 3  # in a row that bring nothing new
@@ -24,23 +23,6 @@ PAUSE = 1.0  # seconds before another attempt
 TIMEOUT = 30.0  # seconds without a byte
 USER_AGENT = {"User-Agent": "jittor-lora-e2e"}
 MEGABYTE = 1 << 20
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    return _digest(path, hashlib.sha256())
-
-
-def git_blob_id(path: Path) -> str:
-    """The name git gives to a file's content, as ``git hash-object`` prints it."""
-    return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
-
-
-def _digest(path: Path, digest) -> str:
-    with open(path, "rb") as file:
-        while chunk := file.read(MEGABYTE):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def is_there(path: Path, digest: Callable[[Path], str], expected: str) -> bool:

@@ -8,8 +8,10 @@ import math
 import os
 import sys
 from decimal import Decimal
-from typing import Any, Callable, TypeVar
+from pathlib import Path
+from typing import Any, Callable, Collection, TypeVar
 
+from runtime.digests import sha256
 from runtime.errors import InputError, one_line
 from runtime.formats import read_lines
 
@@ -61,6 +63,16 @@ def add_resume_flag(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--resume", nargs="?", choices=["no", "yes", "auto"], const="yes",
                         default="no", help=f"continue {what}, and do nothing if it has ended; "
                                            "auto: begin anew if it had other settings")
+
+
+def settings_of(args: argparse.Namespace, free: Collection[str],
+                files: Collection[str]) -> dict[str, object]:
+    """What a run must share with the one that it continues, by flag; for a file its SHA-256.
+
+    ``free`` are the flags that may differ, ``files`` those that name a file.
+    """
+    return {name: sha256(Path(value)) if name in files and value and Path(value).is_file()
+            else value for name, value in vars(args).items() if name not in free}
 
 
 def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:

@@ -9,7 +9,6 @@ lists of token ids, a prediction file ``{"id": int, "predict": [int, ...]}``.
 from __future__ import annotations
 
 import codecs
-import errno
 import fcntl
 import json
 import os
@@ -19,9 +18,10 @@ import tempfile
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Callable, Iterable, Iterator
+from typing import IO, Iterable, Iterator
 
 from runtime.errors import InputError
+from runtime.locks import lock
 
 
 def read_lines(path: str | os.PathLike, remedy: str = "check the path",
@@ -247,28 +247,6 @@ def _clear_parts(folder: Path) -> None:
             with suppress(OSError), open(part, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 part.unlink()
-
-
-def lock(file: IO[bytes], before_waiting: Callable[[], None] = lambda: None) -> bool:
-    """Locks an open file against other processes; returns whether its name still refers to it.
-
-    Waits for another process that has the lock, and calls ``before_waiting`` first. The lock ends
-    when the file is closed, at the latest with the process. On a file system without locks there
-    is no lock. Raises OSError if locking fails.
-    """
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            before_waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except FileNotFoundError:
-        return False
 
 
 def _sync_folder(folder: Path) -> None:

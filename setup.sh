@@ -64,7 +64,7 @@ setup_unlock_environment() {
 # The lines of a requirement file and of the files that it includes.
 setup_requirements() {  # FILE
     local line
-    while read -r line; do
+    while read -r line || [[ -n "$line" ]]; do  # the last line may have no line end
         if [[ "$line" == "-r "* ]]; then setup_requirements "${line#-r }"; else echo "$line"; fi
     done < "$setup_root/$1"
 }

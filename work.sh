@@ -9,11 +9,12 @@
 #
 #   model     MODEL_CARD INIT_CHECKPOINT LORA_DIM LORA_ALPHA
 #   folders   DATA WORK_DIR
-#   training  EPOCHS BATCH_SIZE GRAD_ACC LEARNING_RATE WARMUP_STEPS LOG_INTERVAL SEED BASE_STEPS
+#   training  EPOCHS BATCH_SIZE GRAD_ACC LEARNING_RATE WARMUP_STEPS LOG_INTERVAL EVAL_INTERVAL SEED
+#             BASE_STEPS
 #   the rest  BEAM_BATCH_SIZE DEVICE (auto, cpu, cuda) RESUME (auto, yes, no) NPROC MPI_FLAGS
 #
-# A training run that was interrupted is resumed; RESUME=no starts a new one. Only one run at a time
-# can use a work dir.
+# Training and beam search that broke off go on where they stopped, and are not repeated once they
+# have ended; RESUME=no repeats them. Only one run at a time can use a work dir.
 
 set -euo pipefail
 [[ " $* " != *\ @(-h|--help)\ * ]] || { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit; }

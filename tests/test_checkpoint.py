@@ -321,6 +321,7 @@ def test_a_message_lists_ten_names_of_each_kind(refused, tmp_path):
                      f"1000 unexpected: ({'x' * 100}, ){{9}}{'x' * 100} and 990 others; ", message)
 
 
+@pytest.mark.slow
 def test_no_checkpoint_multiplies_memory_or_time(jittor, tmp_path):
     """Numbers of one byte, which become float32, and headers of many tensors."""
     n = 2 << 20

@@ -170,6 +170,7 @@ def scripts_in(root):
             and path.name != "flags.py"]
 
 
+@pytest.mark.slow
 def test_scripts_work_without_docstrings(root):
     """python -OO removes them, and the descriptions of --help are made of them."""
     assert len(scripts_in(root)) >= 15

@@ -62,6 +62,7 @@ def test_errors_that_mean_memory(message, ran_out):
     assert memory.ran_out(RuntimeError(message)) == ran_out
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit(tmp_path, jittor):
     (tmp_path / "data.jsonl").write_text('{"context": [1, 2], "completion": [3, 4]}\n' * 2)
     flags = ["--seq_len", 12, "--model_card", "gpt2.lg", "--work_dir", tmp_path / "out",

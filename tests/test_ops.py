@@ -201,6 +201,20 @@ def test_lora_up(ops, agree, rows, width, rank, columns, out):
           random.normal(size=(width * groups, rank)))
 
 
+@pytest.mark.parametrize("rows, inner, columns", [(1, 1, 1), (5, 3, 7), (4, 9, 2)])
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+def test_matmul(ops, jittor, agree, rows, inner, columns, transpose_a, transpose_b):
+    """The plain twin is Jittor's own product, which its tuner hands to the same library."""
+    random = np.random.default_rng(rows)
+    flip = (lambda x, yes: x.transpose() if yes else x)
+    agree(lambda a, b: ops.matmul(a, b, transpose_a, transpose_b),
+          lambda a, b: jittor.matmul(flip(a, transpose_a), flip(b, transpose_b)),
+          lambda a, b: flip(a, transpose_a) @ flip(b, transpose_b),
+          flip(random.normal(size=(rows, inner)), transpose_a),
+          flip(random.normal(size=(inner, columns)), transpose_b))
+
+
 def attention(qkv):
     q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # (B, H, T, D)
     scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])

@@ -446,6 +446,7 @@ MULTIPLYING = {
 }
 
 
+@pytest.mark.slow
 def test_no_file_multiplies_memory_or_time(tmp_path):
     said = cheap(tmp_path, MULTIPLYING)
     for name in ("OrderedDict of one list", "one tuple of arguments", "empty dicts", "memo"):

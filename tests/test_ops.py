@@ -207,7 +207,10 @@ def test_lora_up(ops, agree, rows, width, rank, columns, out):
 def test_matmul(ops, jittor, agree, rows, inner, columns, transpose_a, transpose_b):
     """The plain twin is Jittor's own product, which its tuner hands to the same library."""
     random = np.random.default_rng(rows)
-    flip = (lambda x, yes: x.transpose() if yes else x)
+
+    def flip(x, yes):
+        return x.transpose() if yes else x
+
     agree(lambda a, b: ops.matmul(a, b, transpose_a, transpose_b),
           lambda a, b: jittor.matmul(flip(a, transpose_a), flip(b, transpose_b)),
           lambda a, b: flip(a, transpose_a) @ flip(b, transpose_b),

@@ -51,6 +51,16 @@ share = _checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
 fraction = _checked(Decimal, lambda value: 0 < value <= 1, "above 0 and up to 1")
 
 
+def add_conversion_flags(parser: argparse.ArgumentParser, raw: str, seed: int) -> None:
+    """Adds what the converters take: IN (e.g. ``raw``), OUT, ``--fraction`` and ``--seed``."""
+    formatted = Path(raw).with_name("train_formatted.jsonl")
+    parser.add_argument("input", metavar="IN", help=f"raw file, e.g. {raw}")
+    parser.add_argument("output", metavar="OUT", help=f"JSON lines, e.g. {formatted}")
+    parser.add_argument("--fraction", type=fraction, default="0.01",
+                        help="share of the examples to draw; 1 takes all of them in their order")
+    parser.add_argument("--seed", type=int, default=seed, help="seed of the draw")
+
+
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device auto|cpu|cuda``; runtime.backend.start takes its value."""
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",

@@ -32,19 +32,34 @@ def read_lines(path: str | os.PathLike, remedy: str = "check the path",
     Raises InputError for a file that is missing (naming ``remedy``), unreadable or of another
     encoding.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; {remedy}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
-    text = _decoded(data, path, remedy)
+    text = _read_text(path, remedy)
     if "\r" in text:  # some programs turn CRLF into CR CR LF
         text = re.sub("\r+\n" if cr_in_lines and "\n" in text else "\r+\n|\r", "\n", text)
     lines = text.split("\n")
     if lines[-1] == "":  # the line break of the last line, or an empty file
         lines.pop()
     return lines
+
+
+def read_json(path: str | os.PathLike, remedy: str = "check the path") -> object:
+    """The value in a JSON file; raises InputError as `read_lines` does, and where it is no JSON."""
+    try:
+        return json.loads(_read_text(path, remedy))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: no JSON ({error.msg}, at character {error.colno} "
+                         f"of the line); correct it, or {remedy}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
+        raise InputError(f"{path}: no JSON that can be read ({error}); {remedy}") from None
+
+
+def _read_text(path: str | os.PathLike, remedy: str) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; {remedy}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
+    return _decoded(data, path, remedy)
 
 
 _MARKS = ((codecs.BOM_UTF32_LE, "UTF-32-LE"), (codecs.BOM_UTF32_BE, "UTF-32-BE"),
@@ -122,9 +137,14 @@ def _names(keys: Iterable[str]) -> str:
     return " and ".join(f'"{key}"' for key in keys)
 
 
+def is_text(value: object) -> bool:
+    """Whether a value of a JSON file is a text that UTF-8 can hold."""
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
 def _is(value: object, kind: type) -> bool:
     if kind is str:
-        return isinstance(value, str) and not _SURROGATE.search(value)
+        return is_text(value)
     if kind is int:
         return type(value) is int and value >= 0
     if kind is list:

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # Fine-tunes GPT-2 with LoRA, generates from the test set, decodes and scores:
 #
-#   bash work.sh          the E2E experiment; needs its data and GPT-2's weights
+#   bash work.sh [e2e]    the experiment on E2E; needs its data and GPT-2's weights
+#   bash work.sh webnlg   the same on WebNLG; scores of all, of seen and of unseen categories
+#   bash work.sh dart     the same on DART
 #   bash work.sh demo     a small experiment that makes its own data and base model; no download
 #
-# The flags are in data/e2e.ini and data/demo/. Variables override them, e.g. MODEL_CARD=gpt2.md EPOCHS=1
+# The flags are in data/experiment.ini and data/demo/. PRESET=paper takes the LoRA paper's settings
+# (data/paper.ini) and the whole data. Variables override the flags, e.g. MODEL_CARD=gpt2.md EPOCHS=1
 # bash work.sh; docs/reference.md explains them:
 #
-#   model     MODEL_CARD INIT_CHECKPOINT LORA_DIM LORA_ALPHA
+#   model     MODEL_CARD INIT_CHECKPOINT LORA_DIM LORA_ALPHA LORA_DROPOUT
 #   folders   DATA WORK_DIR
-#   training  EPOCHS BATCH_SIZE GRAD_ACC LEARNING_RATE WARMUP_STEPS LOG_INTERVAL EVAL_INTERVAL SEED
-#             BASE_STEPS
-#   the rest  BEAM_BATCH_SIZE DEVICE (auto, cpu, cuda) RESUME (auto, yes, no) NPROC MPI_FLAGS
+#   training  EPOCHS BATCH_SIZE GRAD_ACC SEQ_LEN LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY
+#             LABEL_SMOOTH CORRECT_BIAS (yes, no) LOG_INTERVAL EVAL_INTERVAL SEED BASE_STEPS
+#   search    BEAM_BATCH_SIZE EVAL_LEN
+#   the rest  PRESET DEVICE (auto, cpu, cuda) RESUME (auto, yes, no) NPROC MPI_FLAGS
 #
 # Training and beam search that broke off go on where they stopped, and are not repeated once they
 # have ended; RESUME=no repeats them. Only one run at a time can use a work dir.
@@ -26,25 +30,38 @@ fail() {  # EXIT_CODE MESSAGE
 }
 
 experiment="${1:-e2e}"
-flags=(@data/e2e.ini)  # the variables below override these
+flags=(@data/experiment.ini)  # the variables below override these
+PRESET="${PRESET:-}"
 
 case "$experiment" in
-e2e)
-    DATA="${DATA:-./data/e2e}"
-    WORK_DIR="${WORK_DIR:-./trained_models/GPT2_M/e2e}"
-    ;;
+e2e | dart) raw="./data/$experiment" ;;
+webnlg) raw=./data/webnlg_challenge_2017 ;;
 demo)
     flags+=(@data/demo/demo.ini)
     MODEL_CARD=""  # the demo ignores the variable
-    DATA="${DATA:-./data/demo/work}"
+    raw=./data/demo/work
     WORK_DIR="${WORK_DIR:-./trained_models/demo}"
     ;;
 *) experiment="" ;;
 esac
 if [[ -z "$experiment" ]] || (( $# > 1 )); then
-    echo "usage: bash work.sh [e2e|demo]" >&2
+    echo "usage: bash work.sh [e2e|webnlg|dart|demo]" >&2
     exit 2
 fi
+case "$PRESET" in
+"")
+    DATA="${DATA:-$raw}"
+    WORK_DIR="${WORK_DIR:-./trained_models/GPT2_M/$experiment}"
+    ;;
+paper)
+    [[ "$experiment" != demo ]] || fail 2 "PRESET=paper: the demo has settings of its own"
+    flags+=(@data/paper.ini)
+    [[ "$experiment" != dart ]] || flags+=(@data/paper_dart.ini)
+    DATA="${DATA:-$raw/whole}"
+    WORK_DIR="${WORK_DIR:-./trained_models/paper/$experiment}"
+    ;;
+*) fail 2 "PRESET=$PRESET: must be paper, or not set" ;;
+esac
 DEVICE="${DEVICE:-auto}"  # auto, cpu or cuda
 RESUME="${RESUME:-auto}"  # auto, yes (an error if the settings differ) or no
 export NPROC="${NPROC:-1}"  # processes for training and beam search, see setup.sh
@@ -61,9 +78,11 @@ check 'auto|cpu|cuda' "auto, cpu or cuda" DEVICE
 check 'auto|yes|no' "auto, yes or no (see --resume of src/gpt2_ft.py)" RESUME
 check 'gpt2\.(nano|sm|md|lg)' "gpt2.nano, gpt2.sm, gpt2.md or gpt2.lg" MODEL_CARD
 check '[1-9][0-9]{0,8}' "a whole number from 1 on" NPROC EPOCHS BATCH_SIZE GRAD_ACC LOG_INTERVAL \
-    EVAL_INTERVAL BEAM_BATCH_SIZE BASE_STEPS
+    EVAL_INTERVAL BEAM_BATCH_SIZE BASE_STEPS SEQ_LEN EVAL_LEN
+check 'yes|no' "yes or no" CORRECT_BIAS
 check '[0-9]{1,10}' "a whole number from 0 on" WARMUP_STEPS SEED LORA_DIM LORA_ALPHA
-check '([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]{1,2})?' "a number such as 0.0002" LEARNING_RATE
+check '([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]{1,2})?' "a number such as 0.0002" \
+    LEARNING_RATE WEIGHT_DECAY LORA_DROPOUT LABEL_SMOOTH
 check '[^-@].*' "a path, with ./ before the first - or @" WORK_DIR DATA INIT_CHECKPOINT
 
 # Sets the array `overrides` to the flags of those variables that are set.
@@ -97,9 +116,9 @@ need() {  # FILE COMMAND_THAT_MAKES_IT
     fi
 }
 
-# A number above 0 that the last of the flag files to have this flag gives it, else DEFAULT.
+# The value that the last of the flag files to have this flag gives it, else DEFAULT.
 flag() {  # NAME DEFAULT
-    { echo "$2"; sed -n "s/^$1 *[=:] *\([1-9][0-9]*\) *$/\1/p" "${flags[@]#@}"; } | tail -n 1
+    { echo "$2"; sed -n "s/^$1 *[=:] *\([^ ]\+\) *$/\1/p" "${flags[@]#@}"; } | tail -n 1
 }
 
 # The steps of an epoch, if the flags would validate less often than that: a short run, too, gets a
@@ -116,7 +135,12 @@ fine_tune() {  # BASE_CHECKPOINT
     EVAL_INTERVAL="${EVAL_INTERVAL:-$(short_epoch)}"
     override MODEL_CARD=model_card EPOCHS=max_epoch BATCH_SIZE=train_batch_size GRAD_ACC=grad_acc \
         LEARNING_RATE=lr WARMUP_STEPS=warmup_step LORA_DIM=lora_dim LORA_ALPHA=lora_alpha \
-        LOG_INTERVAL=log_interval EVAL_INTERVAL=eval_interval SEED=random_seed
+        LOG_INTERVAL=log_interval EVAL_INTERVAL=eval_interval SEED=random_seed SEQ_LEN=seq_len \
+        WEIGHT_DECAY=weight_decay LORA_DROPOUT=lora_dropout LABEL_SMOOTH=label_smooth
+    case "${CORRECT_BIAS:-}" in
+    yes) overrides+=(--correct_bias) ;;
+    no) overrides+=(--no-correct_bias) ;;
+    esac
     launch src/gpt2_ft.py "${flags[@]}" "${overrides[@]}" \
         --train_data "$DATA/train.jsonl" \
         --valid_data "$DATA/valid.jsonl" \
@@ -128,7 +152,7 @@ fine_tune() {  # BASE_CHECKPOINT
 
 generate() {  # CHECKPOINT OUTPUT_FILE FLAG...
     override MODEL_CARD=model_card BEAM_BATCH_SIZE=batch_size LORA_DIM=lora_dim \
-        LORA_ALPHA=lora_alpha
+        LORA_ALPHA=lora_alpha SEQ_LEN=seq_len EVAL_LEN=eval_len
     launch src/gpt2_beam.py "${flags[@]}" "${overrides[@]}" \
         --data "$DATA/test.jsonl" \
         --init_checkpoint "$1" \
@@ -138,19 +162,20 @@ generate() {  # CHECKPOINT OUTPUT_FILE FLAG...
         --device "$DEVICE" "${@:3}"
 }
 
-decode() {  # PREDICTIONS REFERENCES_OUT TEXT_OUT
+decode() {  # PREDICTIONS REFERENCES_OUT TEXT_OUT FLAG...
     python src/gpt2_decode.py \
         --vocab ./vocab \
         --sample_file "$1" \
         --input_file "$DATA/test_formatted.jsonl" \
         --output_ref_file "$2" \
-        --output_pred_file "$3"
+        --output_pred_file "$3" "${@:4}"
 }
 
-# Scores that lack METEOR are kept, too; then `status` becomes the exit code of the scoring.
-score_to() {  # SCORES_OUT REFERENCES TEXT
+# Runs a scoring COMMAND, and keeps what it prints, also if only METEOR failed; then `status`
+# becomes its exit code.
+score_to() {  # SCORES_OUT COMMAND...
     local code=0
-    python eval/e2e/measure_scores.py "$2" "$3" -p > "$1.part" || code=$?
+    python "${@:2}" > "$1.part" || code=$?
     if (( code )) && [[ ! -s "$1.part" ]]; then
         rm "$1.part"
         exit "$code"
@@ -169,9 +194,51 @@ last_checkpoint() {  # FOLDER
     echo "$1/model.$step.pt"
 }
 
-run_e2e() {
-    local base checkpoint step predictions texts status=0
-    MODEL_CARD="${MODEL_CARD:-$(sed -n 's/^model_card *= *//p' data/e2e.ini)}"
+decode_and_score_e2e() {  # PREDICTIONS
+    local texts="${WORK_DIR%/}/"
+    # The user's document has these names in the root, which belongs to the default folder alone.
+    [[ ! "$WORK_DIR" -ef ./trained_models/GPT2_M/e2e ]] || texts=""
+    decode "$WORK_DIR/$1" "${texts}e2e_ref.txt" "${texts}e2e_pred.txt"
+    score_to "$WORK_DIR/scores.txt" \
+        eval/e2e/measure_scores.py "${texts}e2e_ref.txt" "${texts}e2e_pred.txt" -p
+    cat "$WORK_DIR/scores.txt"
+    python eval/record_scores.py "$WORK_DIR" "$DATA" "$1" scores.txt
+    echo "texts: ${texts}e2e_ref.txt, ${texts}e2e_pred.txt; scores: $WORK_DIR/scores.txt"
+}
+
+# WebNLG and DART; WebNLG also by whether the training set has the category of an input.
+decode_and_score_triples() {  # PREDICTIONS
+    local part name scored=()
+    for part in all seen unseen; do
+        case "$experiment $part" in
+        *" all") name="" ;;
+        "webnlg seen" | "webnlg unseen")
+            name=".$part"
+            if ! grep -q "\"cate\": $([[ $part == seen ]] && echo true || echo false)" \
+                    "$DATA/test_formatted.jsonl"; then
+                echo "no input of a category that is $part in training: no scores of them"
+                continue
+            fi ;;
+        *) continue ;;
+        esac
+        decode "$WORK_DIR/$1" "$WORK_DIR/references$name" "$WORK_DIR/hypothesis$name" \
+            --ref_type "$experiment" --ref_num 6 --tokenize --lower --filter "$part"
+        score_to "$WORK_DIR/scores$name.txt" eval/eval_m.py -who "$experiment, $part" \
+            -R "$WORK_DIR/references$name/reference" -H "$WORK_DIR/hypothesis$name" -nr 6 \
+            -m bleu,meteor,ter --json "$WORK_DIR/scores$name.json"
+        scored+=("$name")
+    done
+    for name in "${scored[@]}"; do
+        printf '%s, inputs of %s categories:\n' "$experiment" "$(part="${name#.}"; echo "${part:-all}")"
+        cat "$WORK_DIR/scores$name.txt"
+    done
+    python eval/record_scores.py "$WORK_DIR" "$DATA" "$1" "${scored[@]/#/scores}"
+    echo "texts: $WORK_DIR/references*/, $WORK_DIR/hypothesis*; scores: $WORK_DIR/scores*.txt"
+}
+
+run_experiment() {
+    local base checkpoint step predictions fetch file status=0
+    MODEL_CARD="${MODEL_CARD:-$(flag model_card "")}"
     case "$MODEL_CARD" in
     gpt2.sm) base=gpt2-pytorch_model.bin ;;
     gpt2.md) base=gpt2-medium-pytorch_model.bin ;;
@@ -182,10 +249,14 @@ run_e2e() {
     if [[ -z "$base" ]]; then
         fail 1 "no published weights for MODEL_CARD=$MODEL_CARD; set INIT_CHECKPOINT"
     fi
-    need "$DATA/train.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
-    need "$DATA/valid.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
-    need "$DATA/test.jsonl" "bash data/download_data.sh && bash create_datasets.sh"
     need "$base" "bash download_pretrained_checkpoints.sh ${MODEL_CARD#gpt2.}"
+    fetch="bash data/download_data.sh $experiment && bash create_datasets.sh $experiment"
+    for file in train.jsonl valid.jsonl test.jsonl test_formatted.jsonl; do
+        if [[ "$DATA" == "$raw/whole" && ! -f "$DATA/$file" ]]; then
+            PRESET=paper bash create_datasets.sh "$experiment"
+        fi
+        need "$DATA/$file" "$fetch"
+    done
     prepare
 
     fine_tune "$base"
@@ -194,14 +265,11 @@ run_e2e() {
     step="${step%.pt}"
     predictions="predict.$step.b10p08r4.jsonl"
     generate "$checkpoint" "$predictions"
-    texts="${WORK_DIR%/}/"
-    # The user's document has these names in the root, which belongs to the default folder alone.
-    [[ ! "$WORK_DIR" -ef ./trained_models/GPT2_M/e2e ]] || texts=""
-    decode "$WORK_DIR/$predictions" "${texts}e2e_ref.txt" "${texts}e2e_pred.txt"
-    score_to "$WORK_DIR/scores.txt" "${texts}e2e_ref.txt" "${texts}e2e_pred.txt"
-    cat "$WORK_DIR/scores.txt"
-    python eval/e2e/record_scores.py "$WORK_DIR" "$DATA" scores.txt "$predictions"
-    echo "texts: ${texts}e2e_ref.txt, ${texts}e2e_pred.txt; scores: $WORK_DIR/scores.txt"
+    if [[ "$experiment" == e2e ]]; then
+        decode_and_score_e2e "$predictions"
+    else
+        decode_and_score_triples "$predictions"
+    fi
     return "$status"
 }
 
@@ -227,9 +295,11 @@ run_demo() {
     generate "$(last_checkpoint "$WORK_DIR")" lora.jsonl
     decode "$WORK_DIR/base.jsonl" "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt"
     decode "$WORK_DIR/lora.jsonl" "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt"
-    score_to "$WORK_DIR/base_scores.txt" "$WORK_DIR/ref.txt" "$WORK_DIR/base.txt"
-    score_to "$WORK_DIR/lora_scores.txt" "$WORK_DIR/ref.txt" "$WORK_DIR/lora.txt"
-    python eval/e2e/record_scores.py "$WORK_DIR" "$DATA" lora_scores.txt lora.jsonl
+    for name in base lora; do
+        score_to "$WORK_DIR/${name}_scores.txt" \
+            eval/e2e/measure_scores.py "$WORK_DIR/ref.txt" "$WORK_DIR/$name.txt" -p
+    done
+    python eval/record_scores.py "$WORK_DIR" "$DATA" lora.jsonl lora_scores.txt
     python data/demo/report.py "$DATA/test_formatted.jsonl" "$WORK_DIR"
     return "$status"
 }
@@ -252,4 +322,7 @@ prepare() {
     python vocab/download_vocab.py vocab
 }
 
-"run_$experiment"
+case "$experiment" in
+demo) run_demo ;;
+*) run_experiment ;;
+esac

@@ -2,7 +2,7 @@
 
 A run's folder holds setting.json and, for each seed, ``seedSEED/{torch,jittor}`` and, if it was
 run, ``float64`` with metrics.csv, train.log, model.STEP.pt, predict.BATCH_SIZE.{jsonl,log} and
-scores.txt.
+scores.json.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -22,7 +23,7 @@ LOSS_BOUND = 1e-4  # absolute, each step, in nats per token
 LORA_BOUND = 1e-3  # of each matrix, ||A - B|| / ||B|| in the Frobenius norm
 LR_BOUND = 1e-12  # absolute, each step
 SIDES = {"torch": "PyTorch", "jittor": "Jittor"}
-METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+METRICS = ("BLEU", "BLEU NLTK", "NIST", "METEOR", "ROUGE_L", "CIDEr", "TER")
 
 
 def collect(folder: Path, seeds: list[int], batch_sizes: list[int]) -> dict:
@@ -69,11 +70,11 @@ def _seed(folder: Path, batch_sizes: list[int]) -> dict:
                            for side in SIDES}
     one["samples_per_s"] = {"torch": _pace(torch, 1), "jittor": {
         size: _pace(jittor, size) for size in batch_sizes}}
-    one["scores"] = {side: _scores(folder / side / "scores.txt") for side in SIDES}
+    one["scores"] = {side: _scores(folder / side) for side in SIDES}
     one["mean_loss"] = {side: _losses(folder / side).mean() for side in SIDES}
     one["last_losses"] = {side: _losses(folder / side)[-max(1, one["steps"] // 10):].mean()
                           for side in SIDES}
-    if (exact / "scores.txt").is_file():  # written last, so the run is complete
+    if (exact / "scores.json").is_file():  # written last, so the run is complete
         one["float64"] = {side: {**_distance(folder / side, exact), "identical": _same(
             _predictions(folder / side, batch_sizes[0] if side == "jittor" else 1),
             _predictions(exact, 1))} for side in SIDES}
@@ -143,9 +144,16 @@ def _pace(side: Path, size: int) -> float:
     return float(re.findall(r"([\d.]+) samples/s", said)[-1])
 
 
-def _scores(path: Path) -> dict[str, float]:
-    said = dict(re.findall(r"^(\w+): (-?[\d.]+|nan)$", path.read_text(encoding="utf-8"), re.M))
-    return {metric: float(said[metric]) for metric in METRICS}
+def _scores(side: Path) -> dict[str, float]:
+    """The scores by name; without BLEU the folder holds none."""
+    (scores,) = read_jsonl(side / "scores.json", {}, "run align/run.sh without --report_only")
+    return {metric: scores[metric] for metric in METRICS if metric in scores}
+
+
+def is_random(results: dict) -> bool:
+    """Whether the base had random weights; such a model writes no text, and scores say nothing."""
+    words = shlex.split(results["command"])
+    return "--base=random" in words or ("--base", "random") in zip(words, words[1:])
 
 
 def write(out: Path, folder: Path, results: dict, faults: list[tuple[int, str]],
@@ -160,7 +168,7 @@ def write(out: Path, folder: Path, results: dict, faults: list[tuple[int, str]],
     _write(out / "results.json", json.dumps({**results, "broken": faults}, indent=1) + "\n")
     _write(out / "losses.csv", _csv(losses))
     with replacing(out / "losses.png") as file:
-        file.write(_figure(losses, strict))
+        file.write(_figure(results["name"], losses, strict))
     for seed in losses:
         for side in SIDES:
             _write(out / f"{side}.{seed}.train.log", (
@@ -183,8 +191,11 @@ def _csv(losses: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figure(losses: dict, strict: bool) -> bytes:
-    """A PNG: both loss curves (running mean, mean of seeds) and their absolute difference."""
+def _figure(name: str, losses: dict, strict: bool) -> bytes:
+    """A PNG: both loss curves (running mean, mean of seeds) and their absolute difference.
+
+    The logarithmic axis has no place for a difference of 0: such steps get a mark at its foot.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -205,12 +216,18 @@ def _figure(losses: dict, strict: bool) -> bytes:
             above.fill_between(steps[window - 1:], smooth.mean(0) - spread,
                                smooth.mean(0) + spread, color=line.get_color(), alpha=0.2)
     apart = np.abs(curves["jittor"].mean(0) - curves["torch"].mean(0))
-    below.semilogy(steps, np.where(apart > 0, apart, np.nan), ".", markersize=3,
-                   color="tab:gray", label="|Jittor - PyTorch|")
+    below.semilogy(steps[apart > 0], apart[apart > 0], ".", markersize=3, color="tab:gray",
+                   label="|Jittor - PyTorch|")
+    if not apart.all():
+        foot = apart[apart > 0].min(initial=LOSS_BOUND) / 3
+        same = steps[apart == 0]
+        below.plot(same, np.full(len(same), foot), "|", markersize=6, color="tab:green",
+                   label=f"the same to the last bit: {len(same)} of {len(steps)} steps")
     if strict:
         below.axhline(LOSS_BOUND, color="tab:red", linestyle=":", label=f"bound {LOSS_BOUND:g}")
     above.set(ylabel="loss (nats per token)")
-    below.set(xlabel="micro-batch", ylabel="difference")
+    below.set(xlabel="micro-batch", ylabel="difference (nats per token)")
+    figure.suptitle(name)
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -275,11 +292,12 @@ def _table(results: dict, faults: list[tuple[int, str]], strict: bool) -> str:
         return {side: [one[key][side][inner] if inner else one[key][side]
                        for one in runs.values()] for side in SIDES}
 
+    metrics = () if is_random(results) else next(iter(runs.values()))["scores"]["torch"]
     note = f", mean ± standard deviation of {len(runs)} seeds" if len(runs) > 1 else ""
-    rows(f"Losses and scores{note}", ["PyTorch", "Jittor", "difference"], [
+    rows(f"{'Losses and scores' if metrics else 'Losses'}{note}", ["PyTorch", "Jittor", "difference"], [
         pair("loss, all steps", values("mean_loss"), 4),
         pair("loss, last tenth of the steps", values("last_losses"), 4),
-        *(pair(metric, values("scores", metric), 4) for metric in METRICS)])
+        *(pair(metric, values("scores", metric), 4) for metric in metrics)])
     paces = [(size, {"torch": [one["samples_per_s"]["torch"] for one in runs.values()],
                      "jittor": [one["samples_per_s"]["jittor"][size] for one in runs.values()]})
              for size in next(iter(runs.values()))["identical"]]

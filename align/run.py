@@ -1,6 +1,6 @@
 """Runs the experiment on both sides, PyTorch and Jittor, and compares the results.
 
-    bash align/run.sh demo|e2e|FOLDER [--strict] [--card CARD] [--base FILE|random] ...
+    bash align/run.sh demo|e2e|webnlg|dart|FOLDER [--strict] [--card CARD] [--base FILE|random] ...
 
 Both sides start from the same base and the same LoRA matrices, get the samples in the same order
 and run one after the other. Their files are in WORK_DIR/NAME, the report is in RESULTS/NAME.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -37,18 +38,24 @@ SCRIPTS = {"jittor": ("src/gpt2_ft.py", "src/gpt2_beam.py"),
            "torch": ("align/torch_train.py", "align/torch_beam.py"),
            "float64": ("align/torch_train.py", "align/torch_beam.py")}
 FILES = ("train.jsonl", "valid.jsonl", "test.jsonl", "test_formatted.jsonl")
+FOLDERS = {"demo": "data/demo/work", "e2e": "data/e2e", "webnlg": "data/webnlg_challenge_2017",
+           "dart": "data/dart"}
 
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__, prog="align/run.sh")
-    parser.add_argument("data", help="demo (needs bash work.sh demo), e2e, or a folder with "
-                        + ", ".join(FILES))
+    parser.add_argument("data", help="demo (needs bash work.sh demo), e2e, webnlg, dart, or a "
+                        "folder with " + ", ".join(FILES))
+    parser.add_argument("--ref_type", choices=["e2e", "webnlg", "dart"],
+                        help="how a FOLDER is decoded and scored, see src/gpt2_decode.py "
+                             "(default: e2e)")
     parser.add_argument("--strict", action="store_true",
                         help="no LoRA dropout, and exit code 1 if a difference is too large")
     parser.add_argument("--card", choices=["gpt2.nano", *PUBLISHED],
                         help="size of GPT-2 (default: gpt2.nano for demo, else gpt2.sm)")
     parser.add_argument("--base", metavar="FILE|random", help="base model (default: the demo's "
-                        "own, else GPT-2's published weights in pretrained_checkpoints)")
+                        "own; for gpt2.nano, that of bash align/base.sh; else GPT-2's "
+                        "published weights in pretrained_checkpoints)")
     parser.add_argument("--steps", type=int, help="micro-batches to train (default: as in work.sh)")
     parser.add_argument("--seeds", help='(default: with --strict "2025", else "2025 2026 2027")')
     parser.add_argument("--inputs", type=int, help="number of different inputs from the start "
@@ -76,12 +83,13 @@ def parse_args() -> argparse.Namespace:
         parser.error("--steps and --inputs take numbers from 1 on")
     if not args.strict and len(set(args.seeds)) < 3:
         parser.error("--seeds: a mean with its spread needs three seeds (or add --strict)")
-    args.flags = [ROOT / "data/e2e.ini"]
+    args.flags = [ROOT / "data/experiment.ini"]
     if args.data == "demo":
         args.flags.append(ROOT / "data/demo/demo.ini")
     args.card = args.card or ("gpt2.nano" if args.data == "demo" else "gpt2.sm")
-    if args.base is None and args.data != "demo" and args.card not in PUBLISHED:
-        parser.error(f"--card {args.card} has no published weights; add --base FILE or random")
+    if args.ref_type and args.data in FOLDERS:
+        parser.error(f"--ref_type is for a FOLDER, {args.data} has its own")
+    args.ref_type = args.ref_type or (args.data if args.data in ("webnlg", "dart") else "e2e")
     args.name = args.name or "-".join([Path(args.data).resolve().name, args.card,
                                        "strict" if args.strict else "paper"])
     return args
@@ -118,11 +126,14 @@ def main() -> None:
 
 def prepare(args: argparse.Namespace, folder: Path) -> Path:
     """Writes the test samples and the setting of this run; returns the path of the base."""
-    data = {"demo": ROOT / "data/demo/work", "e2e": ROOT / "data/e2e"}.get(args.data,
-                                                                          Path(args.data))
-    remedy = {"demo": "run: bash work.sh demo",
-              "e2e": "run: bash data/download_data.sh && bash create_datasets.sh"}.get(
-                  args.data, f"the folder needs {', '.join(FILES)}")
+    data = ROOT / FOLDERS[args.data] if args.data in FOLDERS else Path(args.data)
+    if args.data == "demo":
+        remedy = "run: bash work.sh demo"
+    elif args.data in FOLDERS:
+        remedy = (f"run: bash data/download_data.sh {args.data} && "
+                  f"bash create_datasets.sh {args.data}")
+    else:
+        remedy = f"the folder needs {', '.join(FILES)}"
     for name in FILES:
         if not (data / name).is_file():
             raise InputError(f"{data / name}: no such file; {remedy}")
@@ -148,11 +159,14 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
         return folder / "base.pt"
     if args.base:
         return Path(args.base)
-    if len(args.flags) == 1:  # not the demo
+    if len(args.flags) == 1 and args.card in PUBLISHED:  # not the demo
         return ROOT / "pretrained_checkpoints" / f"{PUBLISHED[args.card]}-pytorch_model.bin"
-    bases = sorted(ROOT.glob("trained_models/demo/base/model.*.pt"), key=os.path.getmtime)
+    place, remedy = "trained_models/demo/base", "run: bash work.sh demo"
+    if len(args.flags) == 1:
+        place, remedy = "trained_models/align_base", "run: bash align/base.sh"
+    bases = sorted((ROOT / place).glob("model.[0-9]*.pt"), key=os.path.getmtime)
     if not bases:
-        raise InputError(f"trained_models/demo/base: no model.STEP.pt; {remedy}, or --base random")
+        raise InputError(f"{place}: no model.STEP.pt; {remedy}, or take --base FILE or random")
     return bases[-1]
 
 
@@ -176,12 +190,23 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
         said = execute(beam, *model, "--data", folder / "test.jsonl", "--batch_size", size,
                        "--init_checkpoint", checkpoint, "--output_file", f"predict.{size}.jsonl")
         (out / f"predict.{size}.log").write_text(said, encoding="utf-8")
-    execute("src/gpt2_decode.py", "--vocab", ROOT / "vocab",
-            "--sample_file", out / f"predict.{sizes[0]}.jsonl",
-            "--input_file", folder / "test_formatted.jsonl",
-            "--output_ref_file", out / "ref.txt", "--output_pred_file", out / "pred.txt")
-    said = execute("eval/e2e/measure_scores.py", out / "ref.txt", out / "pred.txt", "-p")
-    (out / "scores.txt").write_text(said, encoding="utf-8")
+    measure(args, folder / "test_formatted.jsonl", out, f"predict.{sizes[0]}.jsonl")
+
+
+def measure(args: argparse.Namespace, inputs: Path, out: Path, predictions: str) -> None:
+    """Decodes predictions and writes their scores to OUT/scores.json, by name."""
+    decode = ["--vocab", ROOT / "vocab", "--sample_file", out / predictions, "--input_file", inputs,
+              "--output_ref_file", out / "references", "--output_pred_file", out / "texts",
+              "--ref_type", args.ref_type]
+    if args.ref_type == "e2e":
+        execute("src/gpt2_decode.py", *decode)
+        said = execute("eval/e2e/measure_scores.py", out / "references", out / "texts", "-p")
+        scores = {name: float(score) for name, score in re.findall(r"^(\w+): (\S+)$", said, re.M)}
+        write_jsonl(out / "scores.json", [scores])
+    else:
+        execute("src/gpt2_decode.py", *decode, "--ref_num", 6, "--tokenize", "--lower")
+        execute("eval/eval_m.py", "-R", out / "references/reference", "-H", out / "texts", "-nr", 6,
+                "-m", "bleu,meteor,ter", "--json", out / "scores.json")
 
 
 def execute(script: str, *flags: object) -> str:

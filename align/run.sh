@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Trains, generates, decodes and scores with PyTorch and with Jittor, and compares the two:
 #
-#   bash align/run.sh demo|e2e|FOLDER [FLAG...]
-#   bash align/run.sh e2e --strict --card gpt2.nano --base random
+#   bash align/run.sh demo|e2e|webnlg|dart|FOLDER [FLAG...]
+#   bash align/run.sh webnlg --strict --card gpt2.nano
 #
-# demo needs `bash work.sh demo` first; a FOLDER has train.jsonl, valid.jsonl, test.jsonl and
-# test_formatted.jsonl.
+# demo needs `bash work.sh demo` first, gpt2.nano `bash align/base.sh`; a FOLDER has train.jsonl,
+# valid.jsonl, test.jsonl and test_formatted.jsonl.
 #
 #   --strict             no LoRA dropout, and exit code 1 if a difference is too large
 #   --card CARD          gpt2.nano, gpt2.sm, gpt2.md or gpt2.lg
 #   --base FILE|random   base model
 #   --steps N            micro-batches to train
+#   --ref_type TYPE      e2e, webnlg or dart: how a FOLDER is decoded and scored
 #   --seeds "N N N"      one run for each seed
 #   --inputs N           different inputs from the start of the test set
 #   --batch_sizes "N N"  batch sizes of Jittor's beam search

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from common import InputError, replacing
+from report import is_random
 
 BEGIN, END = "<!-- align: written by align/run.sh -->", "<!-- align: end -->"
 WORDS = {
@@ -21,13 +22,13 @@ WORDS = {
                    "LoRA: largest relative difference", "same token ids",
                    "BLEU, PyTorch / Jittor"],
         "paper": ["run with dropout", "seeds", "loss, last tenth: PyTorch", "Jittor",
-                  "BLEU: PyTorch", "Jittor", "CIDEr: PyTorch", "Jittor"],
+                  "BLEU: PyTorch", "Jittor", "METEOR: PyTorch", "Jittor"],
         "of": "of", "size": "batch size"},
     "cn": {
         "strict": ["严格对齐", "步数", "loss 最大差", "LoRA 矩阵最大相对差", "相同的 token id",
                    "BLEU，PyTorch / Jittor"],
         "paper": ["带 dropout", "种子数", "最后 10% 步的平均 loss：PyTorch", "Jittor",
-                  "BLEU：PyTorch", "Jittor", "CIDEr：PyTorch", "Jittor"],
+                  "BLEU：PyTorch", "Jittor", "METEOR：PyTorch", "Jittor"],
         "of": "/", "size": "batch size"},
 }
 # document -> (path of the results relative to the document, language)
@@ -72,8 +73,9 @@ def _strict(run: dict, words: dict) -> list[str]:
     return [", ".join(str(one["steps"]) for one in seeds),
             f"{max(one['loss']['largest'] for one in seeds):.1e}",
             f"{max(max(one['lora'].values()) for one in seeds):.1e}", ", ".join(same),
-            " / ".join(f"{mean(one['scores'][side]['BLEU'] for one in seeds):.4f}"
-                       for side in ("torch", "jittor"))]
+            "" if is_random(run) else " / ".join(
+                f"{mean(one['scores'][side]['BLEU'] for one in seeds):.4f}"
+                for side in ("torch", "jittor"))]
 
 
 def _paper(run: dict, _: dict) -> list[str]:
@@ -85,4 +87,4 @@ def _paper(run: dict, _: dict) -> list[str]:
 
     return [str(len(seeds)), *cells(lambda one, side: one["last_losses"][side]),
             *cells(lambda one, side: one["scores"][side]["BLEU"]),
-            *cells(lambda one, side: one["scores"][side]["CIDEr"])]
+            *cells(lambda one, side: one["scores"][side]["METEOR"])]

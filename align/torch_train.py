@@ -1,6 +1,6 @@
 """Fine-tunes GPT-2 in PyTorch with the flags, logs, metrics and checkpoints of src/gpt2_ft.py.
 
-    python align/torch_train.py @data/e2e.ini --train_data F --valid_data F
+    python align/torch_train.py @data/experiment.ini --train_data F --valid_data F
 
 WORK_DIR gets train.log (the log lines), metrics.csv (a row for each micro-batch), model.STEP.pt.
 ``--dtype float64`` runs the same training in double precision.

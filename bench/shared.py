@@ -22,7 +22,7 @@ from runtime.script import run  # noqa: E402
 
 WORK = ROOT / "trained_models" / "bench"  # generated weights and data, kept for the next run
 RESULTS = ROOT / "bench" / "results"
-FLAGS = ROOT / "data" / "e2e.ini"
+FLAGS = ROOT / "data" / "experiment.ini"
 SAMPLES = 420  # size of E2E's training set, as create_datasets.sh draws it
 
 _ft, _beam = read_flags(FLAGS, "gpt2_ft"), read_flags(FLAGS, "gpt2_beam")

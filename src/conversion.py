@@ -10,29 +10,30 @@ from typing import NoReturn
 from runtime.errors import InputError
 from runtime.formats import is_text, read_json
 
-REMEDY = "run: bash data/download_data.sh"
+REMEDY = "run: bash data/download_data.sh {}"  # with the name of the data set
 
 
 class Entry:
-    """A part of a JSON file; ``where`` says which one, for errors."""
+    """A part of a JSON file; ``where`` says which one and ``remedy`` what to do, for errors."""
 
-    def __init__(self, where: str, value: object):
-        self.where, self.value = where, value
+    def __init__(self, where: str, value: object, remedy: str):
+        self.where, self.value, self.remedy = where, value, remedy
 
     def fail(self, problem: str) -> NoReturn:
-        raise InputError(f"{self.where}: {problem}; correct it, or {REMEDY}")
+        raise InputError(f"{self.where}: {problem}; correct it, or {self.remedy}")
 
     def items(self, what: str) -> list[Entry]:
         """The elements of this list, counted from 1; ``what`` one is called."""
         if not isinstance(self.value, list):
             self.fail(f"must be a list, one {what} an element")
-        return [Entry(f"{self.where}, {what} {n}", item) for n, item in enumerate(self.value, 1)]
+        return [Entry(f"{self.where}, {what} {n}", item, self.remedy)
+                for n, item in enumerate(self.value, start=1)]
 
     def __getitem__(self, key: str) -> Entry:
         """The value that this object has for ``key``."""
         if not isinstance(self.value, dict) or key not in self.value:
             self.fail(f"no \"{key}\"")
-        return Entry(f"{self.where}, \"{key}\"", self.value[key])
+        return Entry(f"{self.where}, \"{key}\"", self.value[key], self.remedy)
 
     def text(self) -> str:
         """This text."""
@@ -41,12 +42,14 @@ class Entry:
         return str(self.value)
 
 
-def read_entries(path: str | os.PathLike, key: str | None = None) -> list[Entry]:
+def read_entries(path: str | os.PathLike, data_set: str, key: str | None = None) -> list[Entry]:
     """The entries of a JSON file: its list, or that under ``key`` of its object.
 
-    Raises InputError for a file that is missing, no JSON, or holds no list of entries.
+    Raises InputError for a file that is missing, no JSON, or holds no list of entries; the remedy
+    names the ``data_set``.
     """
-    whole = Entry(str(path), read_json(path, REMEDY))
+    remedy = REMEDY.format(data_set)
+    whole = Entry(str(path), read_json(path, remedy), remedy)
     entries = (whole[key] if key else whole).items("entry")
     if not entries:
         whole.fail("has no entries")

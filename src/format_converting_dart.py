@@ -20,13 +20,13 @@ def read_examples(path: str) -> tuple[list[dict], int]:
 
     Raises InputError that names the file and the entry where something is missing or malformed.
     """
-    examples, entries = [], read_entries(path)
+    examples, entries = [], read_entries(path, "dart")
     for entry in entries:
         context = linearize([triple_of(triple) for triple in entry["tripleset"].items("triple")])
         for annotation in entry["annotations"].items("annotation"):
             examples.append({"context": context, "completion": annotation["text"].text()})
     if not examples:
-        Entry(path, None).fail("no text in any entry")
+        entries[0].fail("neither here nor later an annotation")
     return examples, len(entries)
 
 

@@ -25,14 +25,14 @@ def read_examples(path: str) -> list[dict]:
     Raises InputError for a file that is missing, empty or no text, and for a line without "||".
     """
     examples = []
-    for number, line in enumerate(read_lines(path, REMEDY), start=1):
+    for number, line in enumerate(read_lines(path, REMEDY.format("e2e")), start=1):
         context, separator, completion = line.strip().partition(SEPARATOR)
         if not separator:
             raise InputError(f"{path}:{number}: no \"{SEPARATOR}\"; every line must be "
                              f"meaning representation{SEPARATOR}text")
         examples.append({"context": context, "completion": completion})
     if not examples:
-        raise InputError(f"{path}: the file is empty; {REMEDY}")
+        raise InputError(f"{path}: the file is empty; {REMEDY.format('e2e')}")
     return examples
 
 

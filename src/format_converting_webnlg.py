@@ -27,7 +27,8 @@ def read_examples(path: str) -> tuple[list[dict], Counter]:
     Raises InputError that names the file and the entry where something is missing or malformed.
     """
     examples, categories = [], Counter()
-    for numbered in read_entries(path, "entries"):
+    entries = read_entries(path, "webnlg", "entries")
+    for numbered in entries:
         entry = content(numbered)
         category = entry["category"].text()
         categories[category] += 1
@@ -40,7 +41,7 @@ def read_examples(path: str) -> tuple[list[dict], Counter]:
                 examples.append({"context": context, "completion": completion,
                                  "cate": category in SEEN})
     if not examples:
-        Entry(path, None).fail('no text whose "comment" is "good"')
+        entries[0].fail('neither here nor later a text whose "comment" is "good"')
     return examples, categories
 
 

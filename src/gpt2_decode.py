@@ -67,21 +67,21 @@ def read_keys(path: str, input_file: str, n: int) -> list[int]:
     return keys
 
 
-def group_references(path: str, records: list[dict], keys: list[Hashable],
-                     wanted: str) -> dict[Hashable, Group]:
+def group_references(path: str, records: list[dict], keys: list[Hashable], wanted: str,
+                     may_be_empty: bool) -> dict[Hashable, Group]:
     """The groups of an input file's records, where record i belongs to group ``keys[i]``.
 
     ``wanted`` is all, seen (records whose "cate" is true) or unseen (false). Raises InputError for
-    a completion without text, and if no record is wanted.
+    a completion without text unless references ``may_be_empty``, and if no record is wanted.
     """
     groups: dict[Hashable, Group] = {}
     for line, (record, key) in enumerate(zip(records, keys), start=1):
         if wanted != "all" and record["cate"] != (wanted == "seen"):
             continue
         reference = clean(record["completion"])
-        if not reference:
+        if not reference and not may_be_empty:
             raise InputError(f"{path}:{line}: the completion has no text before its first empty "
-                             "line; give it one or remove the line")
+                             "line, which would end a group; give it one or remove the line")
         groups.setdefault(key, Group(line)).references.append(reference)
     if not groups:
         raise InputError(f"{path}: no line is of a category {wanted} in training; "
@@ -173,7 +173,7 @@ def main() -> None:
     args = parse_args()
     fields = {"context": str, "completion": str, **({"cate": bool} if args.filter != "all" else {})}
     records = read_jsonl(args.input_file, fields,
-                         "make the file with src/format_converting_e2e.py")
+                         f"make the file with src/format_converting_{args.ref_type}.py")
     samples = read_jsonl(args.sample_file, {"id": int, "predict": list},
                          "make the file with src/gpt2_beam.py")
     keys = [record["context"] for record in records]
@@ -181,7 +181,8 @@ def main() -> None:
         keys = read_keys(args.ref_unique_file, args.input_file, len(records))
 
     encoder = get_encoder(args.vocab)
-    groups = group_references(args.input_file, records, keys, args.filter)
+    groups = group_references(args.input_file, records, keys, args.filter,
+                              may_be_empty=args.ref_type != "e2e")
     decode_samples(args.sample_file, samples, encoder, keys, groups, args.input_file)
 
     finish = partial(post_process, tokenize=args.tokenize, lower=args.lower)
@@ -193,8 +194,13 @@ def main() -> None:
         raise InputError(f"{pred_file}: named for the predictions and for references; give "
                          "--output_pred_file another name")
     write_together({**files, pred_file: predictions})
+    written = references
+    if args.ref_type != "e2e":
+        written = [group[:args.ref_num] for group in references]
+    left_out = sum(map(len, references)) - sum(map(len, written))
     log(f"{args.output_pred_file}: {len(predictions)} predictions; {args.output_ref_file}: "
-        f"{sum(map(len, references))} references")
+        f"{sum(map(len, written))} references"
+        + (f", {left_out} beyond --ref_num {args.ref_num} left out" if left_out else ""))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Reads ``--train_data`` and ``--valid_data`` (src/gpt2_encode.py makes them) and a base model;
 leaves checkpoints, log lines and a loss curve in ``--work_dir``. The experiment's flags are in
-data/: ``python src/gpt2_ft.py @data/e2e.ini --train_data ...``.
+data/: ``python src/gpt2_ft.py @data/experiment.ini --train_data ...``.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def parse_args() -> argparse.Namespace:
     optimizer.add_argument("--weight_decay", type=at_least(0, float), default=0.01,
                            help="at each update weights shrink by lr times this share")
     optimizer.add_argument("--no_decay_bias", action="store_true", help="no decay of biases")
-    optimizer.add_argument("--correct_bias", action="store_true", help="Adam's bias correction")
+    optimizer.add_argument("--correct_bias", action=argparse.BooleanOptionalAction, default=False,
+                           help="Adam's bias correction")
     optimizer.add_argument("--adam_epislon", "--adam_epsilon", type=at_least(0, float),
                            default=1e-6, help="Adam's epsilon (the original spells it so)")
     optimizer.add_argument("--adam_beta1", type=share, default=0.9,

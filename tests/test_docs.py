@@ -454,9 +454,9 @@ def test_defaults_of_work_sh(name):
             if pretrains:
                 assert demo == flags_in("demo/base.ini", section=script)[flag], variable
                 continue
-            assert e2e == flags_in("e2e.ini", section=script).get(flag, parser[flag]), variable
+            assert e2e == flags_in("experiment.ini", section=script).get(flag, parser[flag]), variable
             assert demo.split("为 ")[-1].split()[-1] == flags_in(
-                "e2e.ini", "demo/demo.ini", section=script).get(flag, parser[flag]), variable
+                "experiment.ini", "demo/demo.ini", section=script).get(flag, parser[flag]), variable
     for variable in ("DEVICE", "RESUME", "NPROC"):
         seen.add(variable)
         assert rows[variable] == [unset[variable]] * 2
@@ -471,7 +471,7 @@ def test_defaults_of_work_sh(name):
 def test_flag_files(name):
     table = between(read(name), 1, 2)
     assert [row.names for row in table] == [
-        ["data/e2e.ini"], ["data/demo/demo.ini"], ["data/demo/base.ini"]]
+        ["data/experiment.ini"], ["data/demo/demo.ini"], ["data/demo/base.ini"]]
     assert {row.names[0] for row in table} == {
         str(path.relative_to(ROOT)) for path in (ROOT / "data").rglob("*.ini")}
 

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import download_checkpoints
 import download_data
 import pytest
+from conftest import run_main
 from download_checkpoints import Checkpoint
 
 from runtime import download
@@ -307,7 +308,7 @@ def test_the_target_of_a_link_is_fetched(server, path, tmp_path):
     assert files_in(path.parent) == ["file.bin"] and files_in(tmp_path / "disk") == ["large.bin"]
 
 
-# E2E data
+# The data sets
 
 
 def run(script, *arguments, **environment):
@@ -323,42 +324,93 @@ def assert_one_line_error(result, *words):
         assert word in result.stderr
 
 
-def test_e2e_from_a_server(server, tmp_path, monkeypatch):
-    texts = {name: name.encode() * 9 for name in download_data.BLOB_IDS}
-    for name, text in texts.items():
-        server.files[f"/base/{name}"] = text
-    monkeypatch.setattr(download_data, "BLOB_IDS", {
-        name: hashlib.sha1(b"blob %d\0%s" % (len(text), text)).hexdigest()
-        for name, text in texts.items()})
-    download_data.fetch_all(f"{server.url}/base/", tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in texts} == texts
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest()
+
+
+@pytest.fixture
+def published(server, monkeypatch):
+    """Serves short files in place of the official ones; returns their contents by place."""
+    contents = {}
+    for name, data_set in download_data.DATA_SETS.items():
+        files = {file: f"{name} {file}".encode() * 9 for file in data_set.blob_ids}
+        monkeypatch.setitem(download_data.DATA_SETS, name, download_data.DataSet(
+            data_set.folder, {file: blob_id(content) for file, content in files.items()}))
+        contents |= {f"{data_set.folder}/{file}": content for file, content in files.items()}
+    for place, content in contents.items():
+        server.files[f"/mirror/{download_data.PLACE}/{place}"] = content
+    monkeypatch.setenv("GITHUB_RAW", f"{server.url}/mirror/")
+    return contents
+
+
+@pytest.mark.parametrize("names, folders", [
+    ([], ["e2e"]), (["webnlg"], ["webnlg_challenge_2017"]),
+    (["dart", "e2e", "webnlg"], ["e2e", "webnlg_challenge_2017", "dart"])])
+def test_data_sets_from_a_mirror(server, published, tmp_path, names, folders):
+    assert run_main(download_data.main, [*names, "--data_dir", tmp_path]) == (0, "")
+    found = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.glob("*/*")}
+    assert found == {place: content for place, content in published.items()
+                     if place.split("/")[0] in folders}
     requests = len(server.seen)
-    download_data.fetch_all(f"{server.url}/base/", tmp_path)
+    assert run_main(download_data.main, [*names, "--data_dir", tmp_path]) == (0, "")
     assert len(server.seen) == requests  # nothing is fetched twice
 
 
-def test_e2e_url_and_its_failure(server, root, tmp_path):
-    result = run(root / "data/download_data.py", tmp_path, E2E_URL=server.url, E2E_SOURCE="")
-    assert_one_line_error(result, f"{server.url}/train.txt: HTTP 404", "E2E_SOURCE=DIR")
-    assert files_in(tmp_path) == []
+def test_data_sets_from_a_folder(published, tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for place, content in published.items():
+        (source / place).parent.mkdir(parents=True, exist_ok=True)
+        (source / place).write_bytes(content)
+    (source / "dart/dart-v1.1.1-full-train.json").unlink()
+    for name, data_set in download_data.DATA_SETS.items():
+        monkeypatch.setenv(f"{name.upper()}_SOURCE", str(source / data_set.folder))
+    code, said = run_main(download_data.main, ["e2e", "webnlg", "dart", "--data_dir", target])
+    assert code == 1 and "full-train.json: no such file; without DART_SOURCE" in said
+    found = {str(path.relative_to(target)) for path in target.glob("*/*")}
+    assert found == set(published) - {"dart/dart-v1.1.1-full-train.json"}
 
 
-def test_e2e_copies_what_a_folder_has(shared, root, tmp_path):
-    source = shared / "data" / "e2e"  # has no train.txt
-    result = run(root / "data/download_data.py", tmp_path, E2E_SOURCE=str(source))
-    assert_one_line_error(result, f"{source / 'train.txt'}: no such file")
-    assert files_in(tmp_path) == ["test.txt", "valid.txt"]
-    for name in ("test.txt", "valid.txt"):
-        assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
+@pytest.mark.parametrize("name", ["e2e", "webnlg", "dart"])
+def test_url_of_a_data_set_and_its_failure(server, root, tmp_path, name):
+    result = run(root / "data/download_data.py", name, "--data_dir", tmp_path,
+                 **{f"{name.upper()}_URL": server.url, f"{name.upper()}_SOURCE": ""})
+    file = next(iter(download_data.DATA_SETS[name].blob_ids))
+    assert_one_line_error(result, f"{server.url}/{file}: HTTP 404", f"{name.upper()}_SOURCE=DIR",
+                          "GITHUB_RAW=")
+    assert not list(tmp_path.glob("*/*"))
 
 
-def test_e2e_refuses_another_file_and_keeps_the_users(root, tmp_path):
+def test_no_such_data_set(root, tmp_path):
+    result = run(root / "data/download_data.py", "e2e", "nlg", "--data_dir", tmp_path)
+    assert result.returncode == 2 and not files_in(tmp_path)
+    assert result.stderr.startswith("error: nlg: no data set; there are e2e, webnlg, dart")
+
+
+@pytest.mark.parametrize("name, files", [
+    ("e2e", ["test.txt", "valid.txt"]), ("webnlg", ["train.json", "dev.json", "test.json"]),
+    ("dart", ["dart-v1.1.1-full-dev.json"])])
+def test_official_files_that_a_folder_has(shared, root, tmp_path, name, files):
+    data_set = download_data.DATA_SETS[name]
+    source = shared / "data" / data_set.folder
+    result = run(root / "data/download_data.py", name, "--data_dir", tmp_path,
+                 **{f"{name.upper()}_SOURCE": str(source)})
+    missing = [file for file in data_set.blob_ids if file not in files]
+    if missing:
+        assert_one_line_error(result, f"{source / missing[0]}: no such file")
+    else:
+        assert result.returncode == 0, result.stderr
+    assert files_in(tmp_path / data_set.folder) == sorted(files)
+    for file in files:
+        assert (tmp_path / data_set.folder / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_another_file_is_refused_and_the_users_is_kept(root, tmp_path):
     source, folder = tmp_path / "source", tmp_path / "e2e"
     source.mkdir()
     folder.mkdir()
     (source / "valid.txt").write_text("name[A]||A half fil")
     (folder / "test.txt").write_text("name[B]||My own.\n")
-    result = run(root / "data/download_data.py", folder, E2E_SOURCE=str(source))
+    result = run(root / "data/download_data.py", "--data_dir", tmp_path, E2E_SOURCE=str(source))
     assert_one_line_error(result, "train.txt: no such file", "valid.txt: not the official file",
                           "test.txt: not the published file")
     assert files_in(folder) == ["test.txt"]

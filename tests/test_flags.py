@@ -205,7 +205,7 @@ def test_help_shows_the_defaults_that_say_something():
 @pytest.mark.parametrize("section", DOCUMENT)
 def test_the_experiments_file_holds_the_documents_flags(root, section):
     words = DOCUMENT[section]
-    assert read_flags(root / "data/e2e.ini", section) == {
+    assert read_flags(root / "data/experiment.ini", section) == {
         name[2:]: value for name, value in zip(words[::2], words[1::2])}
 
 
@@ -222,7 +222,7 @@ def values_of(script: str, words) -> dict:
 @pytest.mark.parametrize("section, files", [("gpt2_ft", FT_FILES), ("gpt2_beam", BEAM_FILES)])
 def test_the_experiments_file_means_the_documents_command(root, monkeypatch, section, files):
     monkeypatch.chdir(root)
-    assert values_of(section, ["@data/e2e.ini", *files]) == values_of(
+    assert values_of(section, ["@data/experiment.ini", *files]) == values_of(
         section, [*DOCUMENT[section], *files])
 
 
@@ -243,7 +243,7 @@ def work(root, tmp_path, monkeypatch):
     for file in ("work.sh", "setup.sh", "requirement.txt"):
         shutil.copy(root / file, tmp_path / file)
     (tmp_path / "data/demo").mkdir(parents=True)
-    for file in ("data/e2e.ini", "data/demo/demo.ini", "data/demo/base.ini"):
+    for file in ("data/experiment.ini", "data/demo/demo.ini", "data/demo/base.ini"):
         shutil.copy(root / file, tmp_path / file)
     for file in ("data/e2e/train.jsonl", "data/e2e/valid.jsonl", "data/e2e/test.jsonl",
                  "base.bin", *(f"pretrained_checkpoints/gpt2{size}-pytorch_model.bin"
@@ -279,7 +279,7 @@ def work(root, tmp_path, monkeypatch):
 def test_work_runs_the_documents_commands(work):
     called = work()
     train, = called["gpt2_ft"]
-    assert train[0] == "@data/e2e.ini"
+    assert train[0] == "@data/experiment.ini"
     assert not [word for word in train[1:] if word.startswith("@")]
     assert values_of("gpt2_ft", train) == values_of("gpt2_ft", [
         *FT, "--train_data", "./data/e2e/train.jsonl", "--valid_data", "./data/e2e/valid.jsonl",
@@ -350,7 +350,7 @@ def test_several_processes_through_mpirun(work, tmp_path):
         assert "3 --bind-to none --oversubscribe" in " ".join(call)
         python = call.index("python")
         assert call[python - 3:python] == ["--hostfile", "my", "hosts"]
-        assert call[python + 1:python + 3] == [script, "@data/e2e.ini"]
+        assert call[python + 1:python + 3] == [script, "@data/experiment.ini"]
 
 
 def test_demo_takes_both_files(work):
@@ -361,7 +361,7 @@ def test_demo_takes_both_files(work):
     base = values_of("gpt2_ft", pretrain)
     assert (base["max_step"], base["lora_dim"], base["obj"], base["correct_bias"]) == (
         5, 0, "jlm", True)
-    both = ["@data/e2e.ini", "@data/demo/demo.ini"]
+    both = ["@data/experiment.ini", "@data/demo/demo.ini"]
     assert train[:2] == both
     assert values_of("gpt2_ft", train) == values_of("gpt2_ft", [
         *FT, "--model_card", "gpt2.nano", "--train_batch_size", "40", "--grad_acc", "1", "--lr",

@@ -120,7 +120,7 @@ def test_the_remedy_names_the_likely_encoding(convert, text, encoding, name):
     at = [byte > 127 for byte in text.encode(encoding)].index(True) + 1
     assert process.stderr == (
         f"error: {process.args[2]}:3: not UTF-8 (byte {at} of the line); convert the file, e.g. "
-        f"iconv -f {name} -t UTF-8, or run: bash data/download_data.sh\n")
+        f"iconv -f {name} -t UTF-8, or run: bash data/download_data.sh e2e\n")
     converted = subprocess.run(["iconv", "-f", name, "-t", "UTF-8"], input=text.encode(encoding),
                                capture_output=True, check=True)
     assert converted.stdout.decode() == text
@@ -132,8 +132,8 @@ def test_the_remedy_names_the_likely_encoding(convert, text, encoding, name):
     (b"a||b\nc d\n", [], 'raw.txt:2: no "||"', "meaning representation||text"),
     (b"a||b\n\nc||d\n", [], 'raw.txt:2: no "||"', "meaning representation||text"),
     (b"a||b\nc||caf\xe9\n", [], "raw.txt:2: not UTF-8", "iconv"),
-    (raw(LINES[:99]), [], "raw.txt: a share of 0.01 of 99 lines", "larger --fraction"),
-    (raw(LINES), ["--fraction", "0.164"], "raw.txt: 41 different", "smaller --fraction"),
+    (raw(LINES[:99]), [], "raw.txt: a share of 0.01 of 99 examples", "larger --fraction"),
+    (raw(LINES), ["--fraction", "0.164"], "raw.txt: 41 examples with", "smaller --fraction"),
 ])
 def test_mistakes_end_in_one_line(convert, data, flags, place, remedy):
     process, target = convert(data, *flags)
@@ -161,7 +161,7 @@ def test_an_error_leaves_the_old_output(convert):
 
 def test_draw_does_not_loop_for_ever(convert):
     process, _ = convert(raw(["a||x", "a||y", "a||z", "b||x"]), "--fraction", "0.75")
-    assert process.returncode == 1 and "3 different meaning" in process.stderr
+    assert process.returncode == 1 and "3 examples with different" in process.stderr
     assert "there are 2; take a smaller --fraction" in process.stderr
 
 

@@ -159,7 +159,7 @@ class Clone:
     def __init__(self, root, folder):
         self.folder, self.gate, self.calls = folder, folder / "gate", folder / "calls"
         for file in ("work.sh", "setup.sh", "create_datasets.sh", "requirement.txt",
-                     "data/e2e.ini", "data/demo/demo.ini", "data/demo/base.ini"):
+                     "data/experiment.ini", "data/demo/demo.ini", "data/demo/base.ini"):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / file, folder / file)
         for file in ("train.jsonl", "valid.jsonl", "test.jsonl", "train.txt", "valid.txt",
@@ -321,7 +321,7 @@ def test_validates_at_least_once_an_epoch(clone, samples, words, variables, inte
 
 def test_flag_file_that_validates_more_often_decides(clone):
     (clone.folder / "data/e2e/train.jsonl").write_text("{}\n" * 420)
-    with open(clone.folder / "data/e2e.ini", "a") as file:
+    with open(clone.folder / "data/experiment.ini", "a") as file:
         file.write("\n[gpt2_ft]\neval_interval = 100\n")
     assert clone.run().returncode == 0
     assert "--eval_interval" not in clone.called("gpt2_ft")[0]

@@ -97,9 +97,9 @@ def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:
     except configparser.Error as error:  # some name a line, others list (line, text)
         line = getattr(error, "lineno", None) or getattr(error, "errors")[0][0]  # noqa: B009
         raise InputError(f"{path}:{line}: not a [section], nor 'flag = value' of a new flag in "
-                         "one; see data/e2e.ini") from None
+                         "one; see data/experiment.ini") from None
     if section not in ini:
-        raise InputError(f"{path}: no section [{section}]; see data/e2e.ini")
+        raise InputError(f"{path}: no section [{section}]; see data/experiment.ini")
     return dict(ini[section])
 
 
@@ -125,7 +125,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=(doc or "").partition("\n")[0],
                          formatter_class=_HelpFormatter,
                          epilog=section and f"@FILE stands for the flags in section [{section}] of "
-                                            "a file, e.g. @data/e2e.ini")
+                                            "a file, e.g. @data/experiment.ini")
         self.section = section
 
     def parse_args(self, args=None, namespace=None):

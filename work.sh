@@ -206,33 +206,35 @@ decode_and_score_e2e() {  # PREDICTIONS
     echo "texts: ${texts}e2e_ref.txt, ${texts}e2e_pred.txt; scores: $WORK_DIR/scores.txt"
 }
 
-# WebNLG and DART; WebNLG also by whether the training set has the category of an input.
+# Whether the test set has inputs of the categories that --filter PART keeps.
+has_inputs() {  # PART
+    case "$1" in
+    seen) grep -q '"cate": true' "$DATA/test_formatted.jsonl" ;;
+    unseen) grep -q '"cate": false' "$DATA/test_formatted.jsonl" ;;
+    esac
+}
+
+# WebNLG has scores of all inputs, and of those whose category the training set has or has not.
 decode_and_score_triples() {  # PREDICTIONS
-    local part name scored=()
-    for part in all seen unseen; do
-        case "$experiment $part" in
-        *" all") name="" ;;
-        "webnlg seen" | "webnlg unseen")
-            name=".$part"
-            if ! grep -q "\"cate\": $([[ $part == seen ]] && echo true || echo false)" \
-                    "$DATA/test_formatted.jsonl"; then
-                echo "no input of a category that is $part in training: no scores of them"
-                continue
-            fi ;;
-        *) continue ;;
-        esac
+    local part name parts=(all) tables=() scores=()
+    [[ "$experiment" != webnlg ]] || parts+=(seen unseen)
+    for part in "${parts[@]}"; do
+        if ! has_inputs "$part"; then
+            echo "no test input of a category $part in training, so there are no scores of these"
+            continue
+        fi
+        name="${part/#all/}"
+        name="${name:+.$name}"
         decode "$WORK_DIR/$1" "$WORK_DIR/references$name" "$WORK_DIR/hypothesis$name" \
             --ref_type "$experiment" --ref_num 6 --tokenize --lower --filter "$part"
         score_to "$WORK_DIR/scores$name.txt" eval/eval_m.py -who "$experiment, $part" \
             -R "$WORK_DIR/references$name/reference" -H "$WORK_DIR/hypothesis$name" -nr 6 \
             -m bleu,meteor,ter --json "$WORK_DIR/scores$name.json"
-        scored+=("$name")
+        tables+=("$WORK_DIR/scores$name.txt")
+        scores+=("scores$name.json")
     done
-    for name in "${scored[@]}"; do
-        printf '%s, inputs of %s categories:\n' "$experiment" "$(part="${name#.}"; echo "${part:-all}")"
-        cat "$WORK_DIR/scores$name.txt"
-    done
-    python eval/record_scores.py "$WORK_DIR" "$DATA" "$1" "${scored[@]/#/scores}"
+    tail -n +1 "${tables[@]}"
+    python eval/record_scores.py "$WORK_DIR" "$DATA" "$1" "${scores[@]}"
     echo "texts: $WORK_DIR/references*/, $WORK_DIR/hypothesis*; scores: $WORK_DIR/scores*.txt"
 }
 

@@ -294,7 +294,7 @@ def _table(results: dict, faults: list[tuple[int, str]], strict: bool) -> str:
 
     metrics = () if is_random(results) else next(iter(runs.values()))["scores"]["torch"]
     note = f", mean ± standard deviation of {len(runs)} seeds" if len(runs) > 1 else ""
-    rows(f"{'Losses and scores' if metrics else 'Losses'}{note}", ["PyTorch", "Jittor", "difference"], [
+    rows(f"Losses{' and scores' if metrics else ''}{note}", ["PyTorch", "Jittor", "difference"], [
         pair("loss, all steps", values("mean_loss"), 4),
         pair("loss, last tenth of the steps", values("last_losses"), 4),
         *(pair(metric, values("scores", metric), 4) for metric in metrics)])

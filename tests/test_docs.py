@@ -437,7 +437,7 @@ def flags_in(*files: str, section: str) -> dict[str, str]:
 def test_defaults_of_work_sh(name):
     """A variable that overrides a flag has the default of the flag files, else of the parser."""
     text = (ROOT / "work.sh").read_text()
-    rows = {row.names[0]: row.cells[1:3] for row in variable_rows(read(name))
+    rows = {row.names[0]: row.cells[1:4] for row in variable_rows(read(name))
             if row.scripts == ("work.sh",)}
     assert all(len(row.names) == 1 for row in variable_rows(read(name))
                if row.scripts == ("work.sh",))
@@ -450,21 +450,24 @@ def test_defaults_of_work_sh(name):
                   for flag in parsers(*STAGES)[f"src/{script}.py"]}
         for variable, flag in re.findall(r"([A-Z_]+)=(\w+)", pairs):
             seen.add(variable)
-            e2e, demo = rows[variable]
+            user, demo, paper = rows[variable]
             if pretrains:
                 assert demo == flags_in("demo/base.ini", section=script)[flag], variable
                 continue
-            assert e2e == flags_in("experiment.ini", section=script).get(flag, parser[flag]), variable
-            assert demo.split("为 ")[-1].split()[-1] == flags_in(
-                "experiment.ini", "demo/demo.ini", section=script).get(flag, parser[flag]), variable
+            for cell, files in ((user, []), (demo, ["demo/demo.ini"]), (paper, ["paper.ini"])):
+                default = flags_in("experiment.ini", *files, section=script).get(flag, parser[flag])
+                cell, _, of_dart = cell.partition(" (DART ")
+                assert cell.split("为 ")[-1].split()[-1] == default, variable
+                if of_dart:
+                    assert of_dart.strip(")") == flags_in("paper_dart.ini", section=script)[flag]
+    changed = flags_in("paper_dart.ini", section="gpt2_ft").keys()
+    assert {variable.lower() for variable, row in rows.items() if "(DART" in row[2]} == changed
     for variable in ("DEVICE", "RESUME", "NPROC"):
         seen.add(variable)
-        assert rows[variable] == [unset[variable]] * 2
-    assert [WORDS[word] for word in rows["MPI_FLAGS"]] == ["none", "none"]
-    for variable in ("DATA", "WORK_DIR"):
-        seen.add(variable)
-        assert rows[variable] == re.findall(rf"{variable}:-([^}}]*)\}}", text)
-    assert rows.keys() - seen == {"INIT_CHECKPOINT", "MPI_FLAGS"}
+        assert rows[variable] == [unset[variable]] * 3
+    assert [WORDS[word] for word in rows["MPI_FLAGS"]] == ["none"] * 3
+    assert rows.keys() - seen == {"INIT_CHECKPOINT", "MPI_FLAGS", "DATA", "WORK_DIR", "PRESET",
+                                  "CORRECT_BIAS"}
 
 
 @pytest.mark.parametrize("name", REFERENCES)

@@ -68,6 +68,61 @@ def test_references_of_the_original(decode, shared):
     assert predictions.read_bytes() == b"A .\n" * n
 
 
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+TOKENIZE = ["--tokenize", "--lower"]
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("tok", TOKENIZE), ("plain", []), ("seen", [*TOKENIZE, "--filter", "seen"]),
+    ("unseen", [*TOKENIZE, "--filter", "unseen"])])
+@pytest.mark.parametrize("kind, ref_num", [("webnlg", "3"), ("dart", "4")])
+def test_tiny_webnlg_and_dart(decode, shared, kind, ref_num, name, flags):
+    folder = shared / "expected/webnlg_dart/tiny"
+    if not (folder / f"{kind}_tiny.hyp.{name}").exists():
+        pytest.skip("DART has no categories")
+    formatted, predicted = ((folder / f"{kind}_tiny{part}.jsonl").read_bytes()
+                            for part in ("_formatted", ".predict"))
+    process, references, predictions = decode(
+        formatted, predicted, "--ref_type", kind, "--ref_num", ref_num, *flags)
+    assert process.returncode == 0, process.stderr
+    assert files_in(references) == files_in(folder / f"{kind}_tiny.refs.{name}")
+    hypotheses = (folder / f"{kind}_tiny.hyp.{name}").read_text()
+    if (kind, name) == ("dart", "plain"):  # the original leaves a line break inside a text
+        hypotheses = hypotheses.replace("was\n", "was ")
+    assert predictions.read_text() == hypotheses
+
+
+@pytest.mark.parametrize("name, kind, data, flags", [
+    ("webnlg_bart", "webnlg", "webnlg_challenge_2017/test.json", []),
+    ("webnlg_bart_seen", "webnlg", "webnlg_challenge_2017/test.json", ["--filter", "seen"]),
+    ("dart_bart", "dart", "dart/dart-test-from-xml.json", [])])
+def test_whole_test_sets_of_webnlg_and_dart(decode, shared, root, tmp_path, name, kind, data,
+                                            flags):
+    formatted = tmp_path / "formatted.jsonl"
+    subprocess.run([sys.executable, root / f"src/format_converting_{kind}.py",
+                    shared / "data" / data, formatted, "--fraction", "1"], check=True,
+                   stdout=subprocess.DEVNULL)
+    folder = shared / "expected/webnlg_dart/decode"
+    predicted = folder / f"{name.removesuffix('_seen')}.predict.jsonl"
+    process, references, predictions = decode(
+        formatted.read_bytes(), predicted.read_bytes(), "--ref_type", kind, "--ref_num", "6",
+        *TOKENIZE, *flags)
+    assert process.returncode == 0, process.stderr
+    assert files_in(references) == files_in(folder / f"{name}.refs")
+    assert predictions.read_bytes() == (folder / f"{name}.hyp").read_bytes()
+    assert "beyond --ref_num 6 left out" in process.stdout
+
+
+def test_an_empty_reference_is_an_empty_line(decode, samples):
+    records = [RECORDS[0], {**RECORDS[1], "completion": ""}]
+    process, references, _ = decode(records, samples[:2], "--ref_type", "dart", "--ref_num", "1")
+    assert process.returncode == 0, process.stderr
+    assert (references / "reference0").read_text() == "A is Good.\n\n"
+
+
 def test_encoded_completions_come_back_as_text(decode, shared):
     """Stage 5 inverts stage 2: the ids of the expected file are decoded to its completions."""
     folder = shared / "expected/e2e"

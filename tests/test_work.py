@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -120,19 +121,19 @@ def test_experiment(copy):
     assert (out / "model.best.pt").is_file() and done.stdout.count("| valid loss ") == 2
 
 
-def test_missing_files_name_the_command_that_fetches_them(copy, tmp_path):
+def test_missing_files_name_the_command_that_fetches_them(copy):
     done = work(copy)
     assert done.returncode == 1
     line, = done.stderr.splitlines()
-    assert "data/e2e/train.jsonl" in line and "bash create_datasets.sh" in line
-    assert "bash data/download_data.sh" in line and "bash work.sh demo" in line
-    for name in ("train", "valid", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("")
-    done = work(copy, DATA=tmp_path)
-    assert done.returncode == 1
-    line, = done.stderr.splitlines()
     assert "pretrained_checkpoints/gpt2-pytorch_model.bin" in line
-    assert "bash download_pretrained_checkpoints.sh sm" in line
+    assert "bash download_pretrained_checkpoints.sh sm" in line and "bash work.sh demo" in line
+    (copy / "base.pt").touch()
+    for name, place in (("e2e", "e2e"), ("webnlg", "webnlg_challenge_2017"), ("dart", "dart")):
+        done = work(copy, name, INIT_CHECKPOINT="base.pt")
+        assert done.returncode == 1
+        line, = done.stderr.splitlines()
+        assert f"data/{place}/train.jsonl" in line and f"bash create_datasets.sh {name}" in line
+        assert f"bash data/download_data.sh {name}" in line and "bash work.sh demo" in line
 
 
 # Records its words. Training leaves the checkpoints STEPS and, if LAST is set, metrics.csv up to
@@ -144,7 +145,7 @@ stage="$(basename "$1" .py)"
 printf '%q ' "$stage" "$@" >> "$CALLS"
 echo >> "$CALLS"
 [[ "$stage" != "${WAITS_IN:-}" ]] || read -r < "$GATE"
-[[ "$stage" != measure_scores ]] || { printf "${SCORES:-}"; exit "${SCORED:-0}"; }
+[[ "$stage" != @(measure_scores|eval_m) ]] || { printf "${SCORES:-}"; exit "${SCORED:-0}"; }
 [[ "$stage" == gpt2_ft ]] || exit 0
 while [[ "$1" != --work_dir ]]; do shift; done
 mkdir -p "$2"
@@ -159,13 +160,12 @@ class Clone:
     def __init__(self, root, folder):
         self.folder, self.gate, self.calls = folder, folder / "gate", folder / "calls"
         for file in ("work.sh", "setup.sh", "create_datasets.sh", "requirement.txt",
-                     "data/experiment.ini", "data/demo/demo.ini", "data/demo/base.ini"):
+                     *(path.relative_to(root) for path in root.glob("data/**/*.ini"))):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / file, folder / file)
-        for file in ("train.jsonl", "valid.jsonl", "test.jsonl", "train.txt", "valid.txt",
-                     "test.txt"):
-            (folder / "data/e2e").mkdir(exist_ok=True)
-            (folder / "data/e2e" / file).touch()
+        for name in ("train", "valid", "test"):
+            self.make(f"data/e2e/{name}.jsonl", f"data/e2e/{name}.txt")
+        self.make("data/e2e/test_formatted.jsonl")
         (folder / "pretrained_checkpoints").mkdir()
         (folder / "pretrained_checkpoints/gpt2-pytorch_model.bin").touch()
         (folder / "bin").mkdir()
@@ -176,6 +176,11 @@ class Clone:
         os.mkfifo(self.gate)
         self.calls.touch()
         self.processes = []
+
+    def make(self, *files, text=""):
+        for file in files:
+            (self.folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / file).write_text(text)
 
     def popen(self, *words, script="work.sh", **variables):
         kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
@@ -188,7 +193,7 @@ class Clone:
         self.processes.append(process)
         return process
 
-    def run(self, *words, **variables):
+    def run(self, *words, **variables):  # also script=FILE
         process = self.popen(*words, **variables)
         out, err = process.communicate(timeout=60)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -289,7 +294,7 @@ def test_texts_and_scores_stay_in_their_work_dir(clone):
             for words in clone.called("gpt2_decode")] == texts
     assert (clone.folder / "out/scores.txt").read_text() == "BLEU: 0.5\n"
     assert [words[1:] for words in clone.called("record_scores")][1:3] == [
-        [folder, "./data/e2e", "scores.txt", "predict.7.b10p08r4.jsonl"]
+        [folder, "./data/e2e", "predict.7.b10p08r4.jsonl", "scores.txt"]
         for folder in ("./trained_models/GPT2_M/e2e", str(default))]
 
 
@@ -346,8 +351,143 @@ def test_last_checkpoint(clone, files, variables, chosen):
     assert f"predict.{chosen}.b10p08r4.jsonl" in words
 
 
+@pytest.mark.parametrize("name, folder", [
+    ("e2e", "data/e2e"), ("webnlg", "data/webnlg_challenge_2017"), ("dart", "data/dart")])
+@pytest.mark.parametrize("preset", ["", "paper"])
+def test_data_sets_and_presets(clone, name, folder, preset):
+    """Data, flags and work dir of an experiment; the paper's settings are on the whole data."""
+    data = f"{folder}/whole" if preset else folder
+    clone.make(*(f"{data}/{file}.jsonl" for file in ("train", "valid", "test", "test_formatted")),
+               "pretrained_checkpoints/gpt2-medium-pytorch_model.bin")
+    done = clone.run(name, PRESET=preset)
+    assert done.returncode == 0, done.stderr
+    work_dir = f"./trained_models/paper/{name}" if preset else f"./trained_models/GPT2_M/{name}"
+    files = ["@data/experiment.ini"] + ["@data/paper.ini"] * bool(preset) + (
+        ["@data/paper_dart.ini"] * (preset == "paper" and name == "dart"))
+    for stage, flag, file in (("gpt2_ft", "--train_data", "train"),
+                              ("gpt2_beam", "--data", "test")):
+        words, = clone.called(stage)
+        assert words[1:1 + len(files)] == files and not words[1 + len(files)].startswith("@")
+        assert words[words.index(flag) + 1] == f"./{data}/{file}.jsonl"
+        assert words[words.index("--work_dir") + 1] == work_dir
+    words, = clone.called("gpt2_ft")
+    base = "gpt2-medium-pytorch_model.bin" if preset else "gpt2-pytorch_model.bin"
+    assert words[words.index("--init_checkpoint") + 1] == f"./pretrained_checkpoints/{base}"
+
+
+def test_the_whole_data_is_made_for_the_paper(clone):
+    clone.make("pretrained_checkpoints/gpt2-medium-pytorch_model.bin")
+    done = clone.run(PRESET="paper")  # the stand-ins for stages 1 and 2 write nothing
+    assert done.returncode == 1 and "data/e2e/whole/train.jsonl: no such file" in done.stderr
+    assert [words[1:] for words in clone.called("format_converting_e2e")] == [
+        [f"data/e2e/{name}.txt", f"data/e2e/whole/{name}_formatted.jsonl", "--fraction", "1"]
+        for name in ("train", "test", "valid")]
+
+
+@pytest.mark.parametrize("cates, parts", [
+    (("true", "false"), ["all", "seen", "unseen"]), (("true",), ["all", "seen"]),
+    (("false",), ["all", "unseen"])])
+def test_webnlg_is_scored_by_seen_and_unseen_categories(clone, cates, parts):
+    clone.make(*(f"data/webnlg_challenge_2017/{file}.jsonl" for file in ("train", "valid", "test")))
+    clone.make("data/webnlg_challenge_2017/test_formatted.jsonl", text="".join(
+        json.dumps({"context": "a", "completion": "b", "cate": cate == "true"}) + "\n"
+        for cate in cates))
+    done = clone.run("webnlg", WORK_DIR="out", SCORES="a table\n")
+    assert done.returncode == 0, done.stderr
+    names = ["" if part == "all" else f".{part}" for part in parts]
+    assert [words[words.index("--filter") + 1] for words in clone.called("gpt2_decode")] == parts
+    assert [words[words.index("--output_ref_file") + 1] for words in clone.called("gpt2_decode")
+            ] == [f"out/references{name}" for name in names]
+    assert [words[words.index("-R") + 1] for words in clone.called("eval_m")] == [
+        f"out/references{name}/reference" for name in names]
+    assert [(clone.folder / f"out/scores{name}.txt").read_text() for name in names] == [
+        "a table\n"] * len(names)
+    words, = clone.called("record_scores")
+    assert words[1:] == ["out", "./data/webnlg_challenge_2017", "predict.7.b10p08r4.jsonl",
+                         *(f"scores{name}.json" for name in names)]
+    assert done.stdout.count("a table") == len(names)
+    for part in {"seen", "unseen"} - set(parts):
+        assert f"no test input of a category {part} in training" in done.stdout
+
+
+def test_further_variables_become_flags(clone):
+    variables = {"SEQ_LEN": "128", "WEIGHT_DECAY": "0.1", "LORA_DROPOUT": "0",
+                 "LABEL_SMOOTH": "0.2", "EVAL_INTERVAL": "7"}
+    done = clone.run(**variables, EVAL_LEN=48)
+    assert done.returncode == 0, done.stderr
+    words, = clone.called("gpt2_ft")
+    for name, value in variables.items():
+        assert words[words.index(f"--{name.lower()}") + 1] == value
+    words, = clone.called("gpt2_beam")
+    assert words[words.index("--seq_len") + 1] == "128"
+    assert words[words.index("--eval_len") + 1] == "48"
+    for value, flag in (("yes", "--correct_bias"), ("no", "--no-correct_bias")):
+        assert clone.run(CORRECT_BIAS=value).returncode == 0
+        assert flag in clone.called("gpt2_ft")[-1]
+
+
+RAW = {"e2e": ["data/e2e/train.txt", "data/e2e/test.txt", "data/e2e/valid.txt"],
+       "webnlg": [f"data/webnlg_challenge_2017/{name}.json" for name in ("train", "test", "dev")],
+       "dart": [f"data/dart/dart-v1.1.1-full-{name}.json" for name in ("train", "test", "dev")]}
+
+
+@pytest.mark.parametrize("there, words, made, said", [
+    (["e2e"], [], ["e2e"], ["webnlg: not there", "dart: not there"]),
+    (["e2e", "dart"], [], ["e2e", "dart"], ["webnlg: not there"]),
+    (["e2e", "webnlg", "dart"], [], ["e2e", "webnlg", "dart"], []),
+    (["e2e", "webnlg", "dart"], ["dart", "webnlg"], ["dart", "webnlg"], []),
+    (["webnlg"], ["webnlg"], ["webnlg"], []),
+])
+def test_create_datasets_takes_what_is_there(clone, there, words, made, said):
+    shutil.rmtree(clone.folder / "data/e2e")
+    for name in there:
+        clone.make(*RAW[name])
+    done = clone.run(*words, script="create_datasets.sh")
+    assert done.returncode == 0, done.stderr
+    for name in RAW:
+        target = str(Path(RAW[name][0]).parent)
+        assert [call[1:3] for call in clone.called(f"format_converting_{name}")] == [
+            [raw, f"{target}/{split}_formatted.jsonl"]
+            for raw, split in zip(RAW[name], ("train", "test", "valid")) if name in made]
+    assert len(clone.called("gpt2_encode")) == 3 * len(made)
+    assert [line for line in done.stdout.splitlines() if "not there" in line] == [
+        f"{text}, left out; to have it, run: bash data/download_data.sh {text.split(':')[0]}"
+        for text in said]
+
+
+@pytest.mark.parametrize("files, words, variables, code, message", [
+    ([], [], {}, 1, "no data set is there; run: bash data/download_data.sh"),
+    (RAW["e2e"], ["webnlg"], {}, 1, "data/webnlg_challenge_2017/train.json: no such file; run: "
+     "bash data/download_data.sh webnlg"),
+    (RAW["e2e"][:2], [], {}, 1, "data/e2e/valid.txt: no such file"),
+    (RAW["e2e"] + RAW["dart"][1:], [], {}, 1, "full-train.json: no such file"),
+    (RAW["e2e"], ["e2e", "nlg"], {}, 2, "nlg: no data set"),
+    (RAW["e2e"], [], {"PRESET": "mine"}, 2, "PRESET=mine"),
+    (RAW["e2e"], ["e2e", "dart"], {"DATA_DIR": "data/e2e"}, 2, "name only one"),
+    (RAW["e2e"], [], {"DATA_DIR": "nowhere"}, 1, "nowhere/train.txt: no such file"),
+])
+def test_create_datasets_refuses(clone, files, words, variables, code, message):
+    shutil.rmtree(clone.folder / "data/e2e")
+    clone.make(*files)
+    done = clone.run(*words, script="create_datasets.sh", **variables)
+    assert done.returncode == code and not clone.calls.read_text()
+    line, = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_create_datasets_in_a_folder_of_the_user(clone):
+    clone.make("mine/train.json", "mine/test.json", "mine/dev.json")
+    done = clone.run("webnlg", script="create_datasets.sh", DATA_DIR="mine", FRACTION="0.5")
+    assert done.returncode == 0, done.stderr
+    assert clone.called("format_converting_webnlg")[0][1:] == [
+        "mine/train.json", "mine/train_formatted.jsonl", "--fraction", "0.5"]
+
+
 @pytest.mark.parametrize("words, variables", [
-    (["dart"], {}), (["demo", "e2e"], {}),
+    (["nlg"], {}), (["demo", "e2e"], {}),
+    ([], {"PRESET": "user"}), (["demo"], {"PRESET": "paper"}), ([], {"CORRECT_BIAS": "1"}),
+    *(([], {name: "x"}) for name in ("SEQ_LEN", "EVAL_LEN", "WEIGHT_DECAY", "LORA_DROPOUT",
+                                     "LABEL_SMOOTH")),
     *(([], {"NPROC": value}) for value in ("abc", "0", "-1", "1.5", "2 3", "a[$(touch ran)]")),
     ([], {"RESUME": "maybe"}), ([], {"RESUME": "YES"}), ([], {"DEVICE": "tpu"}),
     (["demo"], {"DEVICE": "gpu"}), ([], {"MODEL_CARD": "gpt2"}),

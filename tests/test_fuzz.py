@@ -100,11 +100,20 @@ ENCODED = jsonl({"context": [3, 5, 7, 96], "completion": [11, 13, 17, 96]},
                 {"context": [2, 4, 96], "completion": [8, 16, 32, 64, 96]})
 
 
-@pytest.fixture(scope="module")
-def convert(tmp_path_factory):
+RAW = {
+    "e2e": "name : Ivory Swan||Ivory Swan is a pub .\nname : Caf\u00e9||The caf\u00e9 .\n",
+    "webnlg": json.dumps({"entries": [{"1": {
+        "category": "Airport", "modifiedtripleset": [{"subject": "A", "property": "p",
+                                                      "object": "B"}],
+        "lexicalisations": [{"lex": "A .", "comment": "good"}]}}]}, indent=1),
+    "dart": json.dumps([{"tripleset": [["A", "P", "B"]], "annotations": [{"text": "A ."}]}])}
+
+
+@pytest.fixture(scope="module", params=RAW)
+def convert(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("convert")
-    raw = "name : Ivory Swan||Ivory Swan is a pub .\nname : Caf\u00e9||The caf\u00e9 .\n".encode()
-    return Stage("format_converting_e2e", folder, {"in.txt": raw},
+    return Stage(f"format_converting_{request.param}", folder,
+                 {"in.txt": RAW[request.param].encode()},
                  [folder / "in.txt", folder / "out.jsonl", "--fraction", "1"], ["out.jsonl"])
 
 

@@ -132,16 +132,17 @@ short_epoch() {
 }
 
 fine_tune() {  # BASE_CHECKPOINT
+    local bias=()
+    case "${CORRECT_BIAS:-}" in
+    yes) bias=(--correct_bias) ;;
+    no) bias=(--no-correct_bias) ;;
+    esac
     EVAL_INTERVAL="${EVAL_INTERVAL:-$(short_epoch)}"
     override MODEL_CARD=model_card EPOCHS=max_epoch BATCH_SIZE=train_batch_size GRAD_ACC=grad_acc \
         LEARNING_RATE=lr WARMUP_STEPS=warmup_step LORA_DIM=lora_dim LORA_ALPHA=lora_alpha \
         LOG_INTERVAL=log_interval EVAL_INTERVAL=eval_interval SEED=random_seed SEQ_LEN=seq_len \
         WEIGHT_DECAY=weight_decay LORA_DROPOUT=lora_dropout LABEL_SMOOTH=label_smooth
-    case "${CORRECT_BIAS:-}" in
-    yes) overrides+=(--correct_bias) ;;
-    no) overrides+=(--no-correct_bias) ;;
-    esac
-    launch src/gpt2_ft.py "${flags[@]}" "${overrides[@]}" \
+    launch src/gpt2_ft.py "${flags[@]}" "${overrides[@]}" "${bias[@]}" \
         --train_data "$DATA/train.jsonl" \
         --valid_data "$DATA/valid.jsonl" \
         --init_checkpoint "$1" \

@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     rule.add_argument("--adam_beta1", type=float, default=0.9)
     rule.add_argument("--adam_beta2", type=float, default=0.98)
     rule.add_argument("--adam_epislon", "--adam_epsilon", type=float, default=1e-6)
-    rule.add_argument("--correct_bias", action="store_true")
+    rule.add_argument("--correct_bias", action=argparse.BooleanOptionalAction, default=False)
     rule.add_argument("--no_decay_bias", action="store_true")
     rule.add_argument("--grad_acc", type=positive, default=1)
     rule.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0: no limit")

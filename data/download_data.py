@@ -99,15 +99,18 @@ def main() -> None:
     for name in args.data_sets:
         if name not in DATA_SETS:
             parser.error(f"{name}: no data set; there are {', '.join(DATA_SETS)}")
+    sources = {"e2e": os.environ.get("E2E_SOURCE"), "webnlg": os.environ.get("WEBNLG_SOURCE"),
+               "dart": os.environ.get("DART_SOURCE")}
+    urls = {"e2e": os.environ.get("E2E_URL"), "webnlg": os.environ.get("WEBNLG_URL"),
+            "dart": os.environ.get("DART_URL")}
+    mirror = (os.environ.get("GITHUB_RAW") or GITHUB_RAW).rstrip("/")
     for name in args.data_sets or ["e2e"]:
-        folder, blob_ids = args.data_dir / DATA_SETS[name].folder, DATA_SETS[name].blob_ids
+        place, blob_ids = DATA_SETS[name].folder, DATA_SETS[name].blob_ids
         variable = f"{name.upper()}_SOURCE"
-        if os.environ.get(variable):
-            copy_all(Path(os.environ[variable]), folder, blob_ids, variable)
+        if sources[name]:
+            copy_all(Path(sources[name]), args.data_dir / place, blob_ids, variable)
         else:
-            mirror = (os.environ.get("GITHUB_RAW") or GITHUB_RAW).rstrip("/")
-            url = f"{mirror}/{PLACE}/{DATA_SETS[name].folder}"
-            fetch_all(os.environ.get(f"{name.upper()}_URL") or url, folder, blob_ids,
+            fetch_all(urls[name] or f"{mirror}/{PLACE}/{place}", args.data_dir / place, blob_ids,
                       "run this again to resume; GITHUB_RAW=https://... takes a mirror, and "
                       f"{variable}=DIR copies the files from a folder")
 

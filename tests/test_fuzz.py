@@ -164,6 +164,20 @@ def score(tmp_path_factory):
                for name in (reference, prediction)}
 
 
+@pytest.fixture(scope="module")
+def score_webnlg(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("score_webnlg")
+    coco = importlib.import_module("metrics.coco")
+    files = {"ref0": b"a pub .\na tea room .\n", "ref1": b"the pub .\na tea room .\n",
+             "hyp": b"a pub\ntea room . a\n"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco, "require", lambda: None)
+        patch.setattr(coco, "meteor", lambda references, predictions, _: (0.0, []))
+        yield Stage("eval_m", folder, files,
+                    ["-R", folder / "ref", "-nr", 2, "-H", folder / "hyp", "--json",
+                     folder / "scores.json"], ["scores.json"])
+
+
 @fuzz(damage(), examples=60)
 def test_convert(convert, damaged):
     convert("in.txt", damaged(convert.files["in.txt"]))
@@ -182,6 +196,11 @@ def test_decode(decode, damaged, name):
 @fuzz(damage(), st.sampled_from(["ref.txt", "pred.txt", "pred.tsv", "ref.csv"]), examples=60)
 def test_score(score, damaged, name):
     score[name](name, damaged(score[name].files[name]))
+
+
+@fuzz(damage(), st.sampled_from(["ref0", "ref1", "hyp"]), examples=60)
+def test_score_webnlg(score_webnlg, damaged, name):
+    score_webnlg(name, damaged(score_webnlg.files[name]))
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:

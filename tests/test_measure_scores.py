@@ -1,4 +1,4 @@
-"""eval/e2e: the metrics compared with values computed by hand, NLTK and the challenge's scores."""
+"""E2E's scores, compared with values computed by hand, NLTK and the challenge's scores."""
 
 from __future__ import annotations
 

@@ -27,8 +27,9 @@ def folder(tmp_path):
     return folder
 
 
-def record(folder):
-    return run_main(record_scores.main, [folder, folder, "scores.txt", "predict.jsonl"])
+def record(folder, *scores):
+    return run_main(record_scores.main, [folder, folder, "predict.jsonl",
+                                         *(scores or ["scores.txt"])])
 
 
 def rows(folder):
@@ -42,7 +43,8 @@ def test_one_line_a_run_below_one_heading(folder):
     (folder / "scores.txt").write_text(SCORES.replace("0.4", "missing"))
     assert record(folder) == (0, "")
     first, second = rows(folder)
-    assert tuple(first) == record_scores.COLUMNS
+    assert list(first) == ["date", "data", "card", "rank", "alpha", "seed", "steps", "BLEU", "NIST",
+                           "METEOR", "ROUGE_L", "CIDEr", "samples_per_s", "commit"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", first.pop("date"))
     assert first.pop("commit") == record_scores.commit()
     assert first == {
@@ -50,6 +52,43 @@ def test_one_line_a_run_below_one_heading(folder):
         "steps": "1050", "BLEU": "0.5", "NIST": "6.25", "METEOR": "0.4", "ROUGE_L": "0.6",
         "CIDEr": "3.1", "samples_per_s": "1.25"}
     assert second["METEOR"] == second["samples_per_s"] == "" and second["CIDEr"] == "3.1"
+
+
+def test_columns_are_those_of_the_files_of_scores(folder):
+    """WebNLG has three files; a score that is missing keeps its column."""
+    for name, meteor in (("scores", 0.38), ("scores.seen", None), ("scores.unseen", 0.25)):
+        (folder / f"{name}.json").write_text(json.dumps({
+            "BLEU": 38.12470849381305, "BLEU NLTK": 0.5, "METEOR": meteor, "TER": 1, "segments": 9,
+            "references": 6}))
+    files = "scores.json", "scores.seen.json", "scores.unseen.json"
+    assert record(folder, *files) == record(folder, *files) == (0, "")
+    first, second = rows(folder)
+    assert list(first)[7:-2] == [
+        f"{name}{part}" for part in ("", " seen", " unseen")
+        for name in ("BLEU", "BLEU NLTK", "METEOR", "TER")]
+    assert list(first.values())[7:-2] == list(second.values())[7:-2] == [
+        "38.12470849381305", "0.5", "0.38", "1", "38.12470849381305", "0.5", "", "1",
+        "38.12470849381305", "0.5", "0.25", "1"]
+
+
+@pytest.mark.parametrize("text, said", [
+    ("{}", 'scores.b.json:1: no "segments"'), ("BLEU: 1\n", "scores.b.json:1: not a JSON"),
+    ('{"segments": 1, "references": 1}', "scores.b.json: no scores"),
+    ('{"BLEU": [1], "segments": 1, "references": 1}', "scores.b.json: no scores"),
+    (None, "scores.b.json: no such file"),
+])
+def test_damaged_json(folder, text, said):
+    if text is not None:
+        (folder / "scores.b.json").write_text(text)
+    code, errors = record(folder, "scores.txt", "scores.b.json")
+    assert code == 1 and len(errors.splitlines()) == 1 and said in errors
+    assert not (folder / "results.csv").exists()
+
+
+def test_two_files_with_the_same_columns(folder):
+    (folder / "more.txt").write_text(SCORES)
+    code, errors = record(folder, "scores.txt", "more.txt")
+    assert code == 1 and "more.txt: scores with the names of others" in errors
 
 
 def test_the_commit_is_that_of_this_clone(root, monkeypatch, tmp_path):

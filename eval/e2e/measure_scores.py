@@ -14,7 +14,8 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # for runtime/
+EVAL = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(EVAL), str(EVAL.parent / "src")]  # for metrics/ and runtime/
 
 from challenge_files import Segment, load  # noqa: E402
 from metrics import coco  # noqa: E402

@@ -21,12 +21,13 @@ SEEN = {"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "
         "SportsTeam", "University", "WrittenWork"}
 
 
-def read_examples(path: str) -> tuple[list[dict], Counter]:
+def read_examples(path: str) -> tuple[list[dict], Counter[str]]:
     """The examples of a WebNLG file in its order, and the number of entries of each category.
 
     Raises InputError that names the file and the entry where something is missing or malformed.
     """
-    examples, categories = [], Counter()
+    examples: list[dict] = []
+    categories: Counter[str] = Counter()
     entries = read_entries(path, "webnlg", "entries")
     for numbered in entries:
         entry = content(numbered)

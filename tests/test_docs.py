@@ -198,7 +198,7 @@ def contradictions(rows: list[Row], flags: list[dict], prose: bool = False) -> l
 
 CONVERTERS = tuple(f"src/format_converting_{name}.py" for name in ("e2e", "webnlg", "dart"))
 STAGES = (*CONVERTERS, "src/gpt2_encode.py", "src/gpt2_ft.py",
-          "src/gpt2_beam.py", "src/gpt2_decode.py", "eval/e2e/measure_scores.py")
+          "src/gpt2_beam.py", "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "eval/eval_m.py")
 OTHERS = ("data/download_data.py", "pretrained_checkpoints/download_checkpoints.py",
           "vocab/download_vocab.py", "data/demo/generate.py", "data/demo/report.py")
 BENCH = tuple(f"bench/bench_{name}.py" for name in ("train", "beam", "scale"))

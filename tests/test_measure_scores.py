@@ -322,6 +322,9 @@ sleep 600
 
 
 def put_java(tmp_path, monkeypatch, script: str) -> None:
+    """Puts a stand-in for Java on the PATH, and an archive of METEOR into a package's folder."""
+    (tmp_path / "meteor").mkdir()
+    (tmp_path / "meteor/meteor-1.5.jar").touch()
     (tmp_path / "java").write_text(script)
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -418,7 +421,7 @@ def copy_of_pycocoevalcap(folder: Path) -> Path:
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_any_path_of_the_script_and_of_its_packages(tmp_path, locale):
     """Java follows links: the folder that holds the archives counts."""
-    folder = tmp_path / "my 实验 caf\u00e9 %20 # = [ ; ' \" & $x"
+    folder = tmp_path / "my 实验 caf\u00e9 %20 # = [ ; ' \" & $x!"
     for name in ("eval", "src"):
         shutil.copytree(ROOT / name, folder / name)
     package = copy_of_pycocoevalcap(folder / "site")

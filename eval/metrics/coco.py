@@ -81,14 +81,18 @@ def tokenize(texts: list[str], package: Path) -> list[str]:
 
 def meteor(references: list[list[str]], predictions: list[str], package: Path) -> Scores:
     """METEOR of tokenised texts, from one Java process that ends with this call."""
-    # Without -a it looks for its paraphrases under the URL of its archive, in which a blank is %20.
-    command = [*_java(), "-Xmx2G", "-jar", "meteor/meteor-1.5.jar", "-", "-", "-stdio",
-               "-l", "en", "-norm", "-a", "meteor/data/paraphrase-en.gz"]
     # Its messages go to a file: a pipe that nobody reads would block it when full.
-    with tempfile.TemporaryFile() as messages:
+    with tempfile.TemporaryFile() as messages, tempfile.TemporaryDirectory() as folder:
         try:
+            # METEOR makes URLs of the path of its archive, in which a blank becomes %20 and "!/"
+            # ends the archive's name. So it gets a copy (Java would follow a link), and -a names
+            # what it would look for beside it.
+            shutil.copy(package / "meteor/meteor-1.5.jar", folder)
+            Path(folder, "paraphrase-en.gz").symlink_to(package / "meteor/data/paraphrase-en.gz")
+            command = [*_java(), "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio",
+                       "-l", "en", "-norm", "-a", "paraphrase-en.gz"]
             with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=messages, cwd=package, env=_environment()) as process:
+                                  stderr=messages, cwd=folder, env=_environment()) as process:
                 try:
                     statistics = [_ask(process, ["SCORE", *map(_without_bars, [*segment, text])])
                                   for segment, text in zip(references, predictions)]
@@ -103,9 +107,9 @@ def meteor(references: list[list[str]], predictions: list[str], package: Path) -
 
 
 def _java() -> list[str]:
-    """The start of a command that runs in the package's folder.
+    """The start of a command that runs in the folder of its archives.
 
-    Its archives have relative names there: a class path cannot name a folder with a colon.
+    They have relative names there: a class path cannot name a folder with a colon.
     """
     return [os.path.abspath(shutil.which("java")), *_JAVA_OPTIONS]
 

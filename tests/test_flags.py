@@ -245,9 +245,10 @@ def work(root, tmp_path, monkeypatch):
     (tmp_path / "data/demo").mkdir(parents=True)
     for file in ("data/experiment.ini", "data/demo/demo.ini", "data/demo/base.ini"):
         shutil.copy(root / file, tmp_path / file)
-    for file in ("data/e2e/train.jsonl", "data/e2e/valid.jsonl", "data/e2e/test.jsonl",
-                 "base.bin", *(f"pretrained_checkpoints/gpt2{size}-pytorch_model.bin"
-                               for size in ("", "-medium", "-large"))):
+    names = ("train", "valid", "test", "test_formatted")
+    for file in (*(f"data/e2e/{name}.jsonl" for name in names), "base.bin",
+                 *(f"pretrained_checkpoints/gpt2{size}-pytorch_model.bin"
+                   for size in ("", "-medium", "-large"))):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     for file, text in (("python", PYTHON), ("mpirun", PYTHON), ("mpicc", "#!/bin/sh\n"),
@@ -308,6 +309,14 @@ VARIABLES = [  # and the values that they change in stages 3 and 4
     ({"LORA_DIM": 8}, {"lora_dim": 8}, {"lora_dim": 8}),
     ({"LORA_ALPHA": 16}, {"lora_alpha": 16}, {"lora_alpha": 16}),
     ({"BEAM_BATCH_SIZE": 16}, {}, {"batch_size": 16}),
+    ({"SEQ_LEN": 128}, {"seq_len": 128}, {"seq_len": 128}),
+    ({"EVAL_LEN": 48}, {}, {"eval_len": 48}),
+    ({"WEIGHT_DECAY": 0.1}, {"weight_decay": 0.1}, {}),
+    ({"LORA_DROPOUT": 0}, {"lora_dropout": 0}, {}),
+    ({"LABEL_SMOOTH": 0.2}, {"label_smooth": 0.2}, {}),
+    ({"EVAL_INTERVAL": 7}, {"eval_interval": 7}, {}),
+    ({"CORRECT_BIAS": "yes"}, {"correct_bias": True}, {}),
+    ({"CORRECT_BIAS": "no"}, {}, {}),
     ({"DEVICE": "cpu"}, {"device": "cpu"}, {"device": "cpu"}),
     ({"RESUME": "no"}, {"resume": "no"}, {"resume": "no"}),
     ({"BASE_STEPS": 3}, {}, {}),

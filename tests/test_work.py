@@ -410,22 +410,6 @@ def test_webnlg_is_scored_by_seen_and_unseen_categories(clone, cates, parts):
         assert f"no test input of a category {part} in training" in done.stdout
 
 
-def test_further_variables_become_flags(clone):
-    variables = {"SEQ_LEN": "128", "WEIGHT_DECAY": "0.1", "LORA_DROPOUT": "0",
-                 "LABEL_SMOOTH": "0.2", "EVAL_INTERVAL": "7"}
-    done = clone.run(**variables, EVAL_LEN=48)
-    assert done.returncode == 0, done.stderr
-    words, = clone.called("gpt2_ft")
-    for name, value in variables.items():
-        assert words[words.index(f"--{name.lower()}") + 1] == value
-    words, = clone.called("gpt2_beam")
-    assert words[words.index("--seq_len") + 1] == "128"
-    assert words[words.index("--eval_len") + 1] == "48"
-    for value, flag in (("yes", "--correct_bias"), ("no", "--no-correct_bias")):
-        assert clone.run(CORRECT_BIAS=value).returncode == 0
-        assert flag in clone.called("gpt2_ft")[-1]
-
-
 RAW = {"e2e": ["data/e2e/train.txt", "data/e2e/test.txt", "data/e2e/valid.txt"],
        "webnlg": [f"data/webnlg_challenge_2017/{name}.json" for name in ("train", "test", "dev")],
        "dart": [f"data/dart/dart-v1.1.1-full-{name}.json" for name in ("train", "test", "dev")]}

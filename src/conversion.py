@@ -1,11 +1,11 @@
-"""What the converters of stage 1 share: reading JSON, drawing a share of the examples."""
+"""What stages 1, 2 and 5 share: reading JSON, drawing a share of the examples, counting."""
 
 from __future__ import annotations
 
 import os
 import random
 from decimal import ROUND_CEILING, Decimal
-from typing import NoReturn
+from typing import Iterable, NoReturn
 
 from runtime.errors import InputError
 from runtime.formats import is_text, read_json
@@ -87,3 +87,9 @@ def draw(path: str, examples: list[dict], share: Decimal, seed: int,
         example = rng.choice(examples)
         drawn.setdefault(example["context"], example)
     return list(drawn.values())
+
+
+def without_reference(completions: Iterable[str]) -> str:
+    """The end of a log line: how many of the inputs have no reference, if any lacks it."""
+    blank = [not completion.strip() for completion in completions]
+    return f"; {sum(blank)} of {len(blank)} inputs have no reference" if any(blank) else ""

@@ -32,25 +32,19 @@ class FTDataset:
     """
 
     def __init__(self, path: str | os.PathLike, batch_size: int, seq_len: int, eval_len: int = 0,
-                 joint_lm: bool = False, vocab_size: int = 50257, n_positions: int = 1024):
+                 joint_lm: bool = False, vocab_size: int = 50257, n_positions: int = 1024,
+                 contexts_only: bool = False):
         """Reads ``path``; with ``joint_lm`` every token is a target, else the completion's.
 
-        Raises InputError for a malformed file, a token id outside the vocabulary, or a context
-        longer than the model's ``n_positions``.
+        With ``contexts_only``, completions may be absent. Raises InputError for a malformed file,
+        a token id outside the vocabulary, or a context longer than the model's ``n_positions``.
         """
         records = read_jsonl(path, {"context": list, "completion": list},
-                             remedy="bash create_datasets.sh makes it, src/gpt2_encode.py others")
-        self.samples = [(record["context"], record["completion"]) for record in records]
+                             remedy="bash create_datasets.sh makes it, src/gpt2_encode.py others",
+                             optional=["completion"] if contexts_only else [])
+        self.samples = [(record["context"], record.get("completion", [])) for record in records]
         for number, (context, completion) in enumerate(self.samples, start=1):
-            if not context:
-                raise InputError(f"{path}:{number}: an empty context; encode with --add_bos")
-            if len(context) > n_positions:
-                raise InputError(f"{path}:{number}: a context of {len(context)} tokens, the model "
-                                 f"has {n_positions} positions; shorten it or remove the line")
-            worst = max(context + completion)
-            if worst >= vocab_size:
-                raise InputError(f"{path}:{number}: token id {worst}, the vocabulary has "
-                                 f"{vocab_size}; encode with the files in vocab/")
+            check_sample(f"{path}:{number}", context, completion, vocab_size, n_positions)
         self.batch_size, self.seq_len, self.eval_len = batch_size, seq_len, eval_len
         self.joint_lm = joint_lm
         self.num_batches = -(-len(self.samples) // batch_size)
@@ -124,6 +118,20 @@ class FTDataset:
         """Each sample's context, its last seq_len - eval_len tokens where it is longer."""
         keep = self.seq_len - self.eval_len
         return [tuple(context[-keep:]) for context, _ in self.samples]
+
+
+def check_sample(where: str, context: list[int], completion: list[int], vocab_size: int,
+                 n_positions: int) -> None:
+    """Raises InputError, naming ``where``, unless the model can read the sample."""
+    if not context:
+        raise InputError(f"{where}: an empty context; encode with --add_bos")
+    if len(context) > n_positions:
+        raise InputError(f"{where}: a context of {len(context)} tokens, the model has "
+                         f"{n_positions} positions; shorten it or remove the line")
+    worst = max(context + completion)
+    if worst >= vocab_size:
+        raise InputError(f"{where}: token id {worst}, the vocabulary has {vocab_size}; encode "
+                         "with the files in vocab/")
 
 
 def permutation(n: int, seed: int) -> np.ndarray:

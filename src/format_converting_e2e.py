@@ -2,14 +2,14 @@
 
     python src/format_converting_e2e.py IN OUT [--fraction 0.01] [--seed 2025]
 
-IN holds one example a line, ``meaning representation||text``; OUT gets
+IN holds one example a line, ``meaning representation||text``, where the text may be empty; OUT gets
 ``{"context": meaning representation, "completion": text}``. A draw takes each meaning
 representation at most once; ``--fraction 1`` writes the whole file in its own order.
 """
 
 from decimal import ROUND_FLOOR
 
-from conversion import REMEDY, draw
+from conversion import REMEDY, draw, without_reference
 from runtime.errors import InputError
 from runtime.flags import ArgumentParser, add_conversion_flags
 from runtime.formats import read_lines, write_jsonl
@@ -29,7 +29,8 @@ def read_examples(path: str) -> list[dict]:
         context, separator, completion = line.strip().partition(SEPARATOR)
         if not separator:
             raise InputError(f"{path}:{number}: no \"{SEPARATOR}\"; every line must be "
-                             f"meaning representation{SEPARATOR}text")
+                             f"meaning representation{SEPARATOR}text, or without a text "
+                             f"meaning representation{SEPARATOR}")
         examples.append({"context": context, "completion": completion})
     if not examples:
         raise InputError(f"{path}: the file is empty; {REMEDY.format('e2e')}")
@@ -44,7 +45,8 @@ def main() -> None:
     examples = read_examples(args.input)
     chosen = draw(args.input, examples, args.fraction, args.seed, ROUND_FLOOR)
     write_jsonl(args.output, chosen)
-    log(f"{args.output}: {len(chosen)} of {len(examples)} examples")
+    log(f"{args.output}: {len(chosen)} of {len(examples)} examples"
+        + without_reference([example["completion"] for example in chosen]))
 
 
 if __name__ == "__main__":

@@ -13,57 +13,23 @@ from pathlib import Path
 
 import numpy as np
 
-from config import MODEL_CARDS, LoRAConfig
-from runtime import backend, memory, processes
+import generation
+from config import MODEL_CARDS
+from runtime import backend, processes
 from runtime.errors import Interrupted
-from runtime.flags import (
-    ArgumentParser,
-    add_device_flag,
-    add_resume_flag,
-    at_least,
-    between,
-    settings_of,
-)
+from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, settings_of
 from runtime.formats import write_jsonl
 from runtime.locks import exclusive
 from runtime.progress import Progress, log
 from runtime.script import run
 from search_state import SearchState
 
-END_OF_TEXT = 50256
-
 
 def parse_args() -> argparse.Namespace:
     parser = ArgumentParser(__doc__, "gpt2_beam")
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, help="encoded samples (.jsonl)")
-    data.add_argument("--batch_size", type=at_least(1), default=10,
-                      help="contexts searched at a time; changes the speed only")
-    data.add_argument("--seq_len", type=at_least(2), default=512,
-                      help="a context keeps its last seq_len - eval_len tokens")
-    data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
-    model.add_argument("--init_checkpoint", metavar="FILE", required=True,
-                       help="weights (.bin, .pt, .safetensors)")
-    model.add_argument("--lora_checkpoint", metavar="FILE",
-                       help="LoRA matrices, if --init_checkpoint has only the base")
-    model.add_argument("--lora_dim", type=at_least(0), default=0, help="LoRA's rank r; 0: no LoRA")
-    model.add_argument("--lora_alpha", type=at_least(0), default=128,
-                       help="LoRA's output is scaled by alpha / r")
-
-    search = parser.add_argument_group("beam search")
-    search.add_argument("--beam", type=at_least(1), default=1, help="beams of a context")
-    search.add_argument("--length_penalty", type=between(-10, 10), default=1.0,
-                        help="a sequence scores log p / length ** length_penalty")
-    search.add_argument("--no_repeat_ngram_size", type=at_least(0), default=4,
-                        help="no n-gram of this size twice; 0: no such rule")
-    search.add_argument("--repetition_penalty", type=at_least(0.01, float), default=1.0,
-                        help="on tokens generated before; 1: none")
-    search.add_argument("--min_length", type=at_least(0), default=0, help="fewest tokens of a text")
-    search.add_argument("--eos_token_id", type=at_least(0), action="append", default=[END_OF_TEXT],
-                        help="a further end token; may be repeated")
+    generation.add_flags(parser, data)
 
     output = parser.add_argument_group("output")
     output.add_argument("--work_dir", type=Path, default=os.getenv("PT_OUTPUT_DIR", "gpt2_model"),
@@ -72,15 +38,7 @@ def parse_args() -> argparse.Namespace:
     add_resume_flag(parser, "the search for --output_file that broke off")
     add_device_flag(parser)
     args = parser.parse_args()
-
-    config = MODEL_CARDS[args.model_card]
-    if args.seq_len <= args.eval_len:
-        parser.error(f"--seq_len {args.seq_len} leaves no room for a context before --eval_len "
-                     f"{args.eval_len} tokens")
-    if args.seq_len > config.n_positions:
-        parser.error(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
-    if args.beam > config.vocab_size:
-        parser.error(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
+    generation.check_flags(parser, args)
     return args
 
 
@@ -89,44 +47,11 @@ FREE_FLAGS = {"work_dir", "output_file", "batch_size", "resume", "device"}
 FILE_FLAGS = ("data", "init_checkpoint", "lora_checkpoint")
 
 
-def report_cuts(args: argparse.Namespace, samples: list[tuple[list[int], list[int]]]) -> None:
-    """Logs how many contexts lose their beginning, and how many completions are longer."""
-    keep, parts = args.seq_len - args.eval_len, []
-    for what, limit, lengths in (
-            (f"contexts lose their beginning, being longer than {keep} tokens (--seq_len "
-             f"{args.seq_len} less --eval_len {args.eval_len})", keep,
-             [len(context) for context, _ in samples]),
-            (f"completions are longer than --eval_len {args.eval_len}", args.eval_len,
-             [len(completion) for _, completion in samples])):
-        cut = sum(length > limit for length in lengths)
-        if cut:
-            parts.append(f"{cut} of {len(samples)} {what}, by up to {max(lengths) - limit}")
-    if parts:
-        room = max(args.eval_len, *(len(completion) for _, completion in samples))
-        log(f"{args.data}: {'; '.join(parts)}; raise --eval_len to {room} and --seq_len to "
-            f"{room + max(len(context) for context, _ in samples)} to cut none")
-
-
-def make_generator(args: argparse.Namespace):
-    """The model with its weights, in the form that can only generate."""
-    import checkpoint
-    from generator import Generator
-    from model import GPT2LMModel
-
-    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
-    checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
-    return Generator(model)  # when the model is dropped, its matrices are freed as they are packed
-
-
 def search(args: argparse.Namespace, generator, distinct: list[tuple[int, ...]],
            state: SearchState) -> None:
     """Searches this process's share of the different contexts, as far as ``state`` lacks them."""
-    from beam_search import BeamOptions, predict
+    from beam_search import predict
 
-    options = BeamOptions(
-        beam=args.beam, eval_len=args.eval_len, min_length=args.min_length,
-        length_penalty=args.length_penalty, no_repeat_ngram_size=args.no_repeat_ngram_size,
-        repetition_penalty=args.repetition_penalty, eos_token_ids=frozenset(args.eos_token_id))
     numbers = {query: number for number, query in enumerate(distinct)}
     share = distinct[processes.rank()::processes.world_size()]  # both long and short ones
     left = [query for query in share if numbers[query] not in state.answers]
@@ -138,7 +63,7 @@ def search(args: argparse.Namespace, generator, distinct: list[tuple[int, ...]],
             bar.update(len(answers))
 
         try:
-            predict(generator, left, options, args.batch_size, on_batch)
+            predict(generator, left, generation.beam_options(args), args.batch_size, on_batch)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped after {len(state.answers)} of {len(distinct)} different "
                               "contexts; to continue: the same command with --resume") from None
@@ -151,9 +76,10 @@ def main() -> None:
 
     card = MODEL_CARDS[args.model_card]
     data = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
-                     vocab_size=card.vocab_size, n_positions=card.n_positions)
+                     vocab_size=card.vocab_size, n_positions=card.n_positions, contexts_only=True)
     queries = data.queries()
-    report_cuts(args, data.samples)
+    if cut := generation.cuts(args, data.samples):
+        log(f"{args.data}: {cut}")
     distinct = sorted(dict.fromkeys(queries), key=len)
     settings = settings_of(args, FREE_FLAGS, FILE_FLAGS)
     processes.check_same({**vars(args), **settings})
@@ -163,12 +89,8 @@ def main() -> None:
     if processes.total_number(state.finished and processes.rank() == 0):
         log(f"finished before, nothing to do: {output}; --resume no searches anew")
         return
-    rows = min(args.batch_size, len(distinct)) * args.beam
-    # the weights, keys and values of what is generated, logits
-    memory.require(4 * (card.weights + rows * (2 * card.n_layer * card.n_embd * args.eval_len
-                                               + card.vocab_size)),
-                   "take a smaller --batch_size, --beam or --model_card")
-    generator = make_generator(args)
+    generation.require_memory(args, rows=min(args.batch_size, len(distinct)) * args.beam)
+    generator = generation.make_generator(args)
     started = time.perf_counter()
     lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")
     with lock if processes.rank() == 0 else nullcontext():

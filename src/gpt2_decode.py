@@ -5,7 +5,8 @@
 
 Lines of the input with equal contexts (or equal ids in ``--ref_unique_file``) are one group, in
 the order of their first lines: one prediction and all their completions as its references. Of
-several predictions for a group the last counts.
+several predictions for a group the last counts. Inputs without a reference have no "completion" or
+an empty one; if none has a reference, only the predictions are written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Hashable
 
+from conversion import without_reference
 from encoder import END_OF_TEXT, Encoder, get_encoder
 from runtime.errors import InputError
 from runtime.flags import ArgumentParser, at_least
@@ -71,18 +73,22 @@ def group_references(path: str, records: list[dict], keys: list[Hashable], wante
                      may_be_empty: bool) -> dict[Hashable, Group]:
     """The groups of an input file's records, where record i belongs to group ``keys[i]``.
 
-    ``wanted`` is all, seen (records whose "cate" is true) or unseen (false). Raises InputError for
-    a completion without text unless references ``may_be_empty``, and if no record is wanted.
+    ``wanted`` is all, seen (records whose "cate" is true) or unseen (false). A completion that is
+    absent or empty is no reference, unless references ``may_be_empty``. Raises InputError for one
+    that loses all its text, unless they may, and if no record is wanted.
     """
     groups: dict[Hashable, Group] = {}
     for line, (record, key) in enumerate(zip(records, keys), start=1):
         if wanted != "all" and record["cate"] != (wanted == "seen"):
             continue
-        reference = clean(record["completion"])
-        if not reference and not may_be_empty:
+        completion = record.get("completion", "")
+        reference = clean(completion)
+        if not reference and completion.strip() and not may_be_empty:
             raise InputError(f"{path}:{line}: the completion has no text before its first empty "
                              "line, which would end a group; give it one or remove the line")
-        groups.setdefault(key, Group(line)).references.append(reference)
+        group = groups.setdefault(key, Group(line))
+        if reference or may_be_empty and "completion" in record:
+            group.references.append(reference)
     if not groups:
         raise InputError(f"{path}: no line is of a category {wanted} in training; "
                          "take --filter all")
@@ -123,13 +129,24 @@ def reference_files(target: str, ref_type: str, ref_num: int,
     """The lines of each reference file, where ``references`` holds a list for each prediction.
 
     e2e: one file, an empty line after each group. webnlg, dart: ``ref_num`` files in a folder,
-    file i with the i-th reference of each group, or its first where it has fewer.
+    file i with the i-th reference of each group, or its first where it has fewer, or an empty line
+    where it has none. No files if no reference has text.
     """
+    if not any(map("".join, references)):
+        return {}
     if ref_type == "e2e":
         return {Path(target): [line for group in references for line in (*group, "")]}
-    return {Path(target, f"reference{i}"): [group[i if i < len(group) else 0]
+    return {Path(target, f"reference{i}"): [(group[i:i + 1] or group[:1] or [""])[0]
                                             for group in references]
             for i in range(ref_num)}
+
+
+def refuse_old(target: str) -> None:
+    """Raises InputError if references of another run are where this one writes none."""
+    path = Path(target)
+    if path.is_file() and not is_stream(path) or path.is_dir() and any(path.glob("reference*")):
+        raise InputError(f"{path}: holds references, but no input of this run has any; remove it "
+                         "or give --output_ref_file another name")
 
 
 def write_together(files: dict[Path, list[str]]) -> None:
@@ -173,7 +190,8 @@ def main() -> None:
     args = parse_args()
     fields = {"context": str, "completion": str, **({"cate": bool} if args.filter != "all" else {})}
     records = read_jsonl(args.input_file, fields,
-                         f"make the file with src/format_converting_{args.ref_type}.py")
+                         f"make the file with src/format_converting_{args.ref_type}.py",
+                         optional=["completion"])
     samples = read_jsonl(args.sample_file, {"id": int, "predict": list},
                          "make the file with src/gpt2_beam.py")
     keys = [record["context"] for record in records]
@@ -193,14 +211,17 @@ def main() -> None:
     if os.path.realpath(pred_file) in {os.path.realpath(path) for path in files}:
         raise InputError(f"{pred_file}: named for the predictions and for references; give "
                          "--output_pred_file another name")
+    if not files:
+        refuse_old(args.output_ref_file)
     write_together({**files, pred_file: predictions})
     written = references
     if args.ref_type != "e2e":
         written = [group[:args.ref_num] for group in references]
     left_out = sum(map(len, references)) - sum(map(len, written))
     log(f"{args.output_pred_file}: {len(predictions)} predictions; {args.output_ref_file}: "
-        f"{sum(map(len, written))} references"
-        + (f", {left_out} beyond --ref_num {args.ref_num} left out" if left_out else ""))
+        + (f"{sum(map(len, written))} references" if files else "not written")
+        + (f", {left_out} beyond --ref_num {args.ref_num} left out" if left_out else "")
+        + without_reference(map("".join, references)))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,12 @@ def log_probs(logits, history, options) -> dict[int, float]:
 
 
 def reference(logits_of, query, options) -> tuple[int, ...]:
-    """The search in its simplest form: no cache, no early end, float64."""
-    beams, best = [(0.0, ())], (-math.inf, ())
+    return next((tokens for _, tokens in finished(logits_of, query, options)), ())
+
+
+def finished(logits_of, query, options) -> list[tuple[float, tuple[int, ...]]]:
+    """The search in its simplest form: no cache, no early end, float64; all it finds, best first"""
+    beams, found = [(0.0, ())], []
     for length in range(1, options["eval_len"] + 1):
         candidates = [(score + log_p, history + (token,)) for score, history in beams
                       for token, log_p in
@@ -91,10 +95,10 @@ def reference(logits_of, query, options) -> tuple[int, ...]:
         beams = []
         for score, history in candidates[:options["beam"]]:
             if history[-1] in options["eos_token_ids"] or length == options["eval_len"]:
-                best = max(best, (score / length ** options["length_penalty"], history))
+                found.append((score / length ** options["length_penalty"], history))
             else:
                 beams.append((score, history))
-    return best[1]
+    return sorted(found, key=lambda one: -one[0])
 
 
 def brute_force(logits_of, query, options, tokens) -> tuple[int, ...]:
@@ -151,6 +155,20 @@ def test_narrow_beam(beam_search, options, seed, queries):
     logits_of = random_logits(seed, vocab=5)
     found = beam_search.search(TableModel(logits_of), queries, beam_search.BeamOptions(**options))
     assert found == [list(reference(logits_of, query, options)) for query in queries]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@examples(150)
+@given(options=rules(st.integers(1, 5), st.integers(1, 8)), seed=st.integers(0, 2 ** 20),
+       n=st.integers(1, 6))
+def test_n_best(beam_search, options, seed, n):
+    logits_of, queries = random_logits(seed, vocab=5), [(1,), (2, 3)]
+    found = beam_search.search_n_best(TableModel(logits_of), queries,
+                                      beam_search.BeamOptions(**options), n)
+    for query, best in zip(queries, found):
+        wanted = finished(logits_of, query, options)[:n]
+        assert [one.tokens for one in best] == [tokens for _, tokens in wanted]
+        assert np.allclose([one.score for one in best], [score for score, _ in wanted], atol=1e-4)
 
 
 def make_options(beam_search, **options):

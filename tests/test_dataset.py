@@ -30,6 +30,18 @@ def random_samples(n: int, longest: int, seed: int = 0) -> list[tuple[list[int],
                   for _ in range(2)) for _ in range(n)]
 
 
+def test_completions_may_be_absent_where_only_contexts_are_read(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"context": [1, 2, 3]}\n{"context": [4], "completion": [5]}\n')
+    data = FTDataset(path, 2, seq_len=4, eval_len=2, contexts_only=True)
+    assert data.queries() == [(2, 3), (4,)] and data.samples[0][1] == []
+    with pytest.raises(InputError, match='samples.jsonl:1: no "completion"'):
+        FTDataset(path, 2, seq_len=4)
+    path.write_text('{"context": [1], "completion": "x"}\n')
+    with pytest.raises(InputError, match='samples.jsonl:1: "completion" must be a list'):
+        FTDataset(path, 2, seq_len=4, contexts_only=True)
+
+
 def test_permutation_is_torch_randperm(torch_side):
     sizes, seeds = [0, 1, 2, 3, 7, 46, 624, 625, 5000], [0, 1, 11, 2025, 2 ** 32 - 1]
     truth = torch_side("permutations", sizes=sizes, seeds=seeds)

@@ -40,6 +40,19 @@ def test_equals_the_original(convert, shared, name):
     assert target.read_bytes() == expected.read_bytes()
 
 
+def test_lines_without_a_text(convert, shared):
+    folder = shared / "cases/20-no-references"
+    process, target = convert((folder / "test.txt").read_bytes(), "--fraction", "1")
+    assert process.returncode == 0, process.stderr
+    assert target.read_bytes() == (folder / "tf.jsonl").read_bytes()
+    assert process.stdout.endswith(": 3 of 3 examples; 3 of 3 inputs have no reference\n")
+    process, target = convert(b"a||b\nc|| \n", "--fraction", "1")
+    assert [record["completion"] for record in records(target)] == ["b", ""]
+    assert process.stdout.endswith(": 2 of 2 examples; 1 of 2 inputs have no reference\n")
+    process, _ = convert(b"a||b\n", "--fraction", "1")
+    assert process.stdout.endswith(": 1 of 1 examples\n")
+
+
 def test_draws_the_examples_that_the_description_gives(convert):
     process, target = convert(raw(LINES), "--fraction", "0.1", "--seed", "7")
     assert process.returncode == 0, process.stderr

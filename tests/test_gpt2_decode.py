@@ -123,6 +123,55 @@ def test_an_empty_reference_is_an_empty_line(decode, samples):
     assert (references / "reference0").read_text() == "A is Good.\n\n"
 
 
+def test_inputs_without_references(decode, shared):
+    folder = shared / "cases/20-no-references"
+    formatted, predicted = ((folder / name).read_bytes() for name in ("tf.jsonl", "p.jsonl"))
+    absent = [{"context": json.loads(line)["context"]} for line in formatted.splitlines()]
+    for records in (formatted, absent):
+        process, references, predictions = decode(records, predicted)
+        assert process.returncode == 0, process.stderr
+        assert not references.exists()
+        assert predictions.read_text() == (
+            "The village pub Ivory Swan offers Thai curry near the City Museum.\n"
+            "You will find Greek salad at Velvet Owl, a family restaurant near the Town Hall. "
+            "Families are welcome.\nYou will find Thai curry at Copper Bell, a high end family "
+            "restaurant by the old harbour. Families are welcome.\n")
+        assert process.stdout == (f"{predictions}: 3 predictions; {references}: not written; "
+                                  "3 of 3 inputs have no reference\n")
+    references.write_text("of another run")  # would be scored as if it were of this one
+    process, _, _ = decode(formatted, predicted)
+    assert process.returncode == 1 and references.read_text() == "of another run"
+    assert f"{references}: holds references, but no input of this run has any; " in process.stderr
+    assert decode(formatted, predicted, "--output_ref_file", "/dev/null")[0].returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["webnlg", "dart"])
+def test_a_folder_without_references(decode, samples, kind):
+    records = [{"context": record["context"]} for record in RECORDS]
+    process, references, predictions = decode(records, samples, "--ref_type", kind)
+    assert process.returncode == 0, process.stderr
+    assert not references.exists() and len(predictions.read_text().splitlines()) == 2
+    references.mkdir()
+    assert decode(records, samples, "--ref_type", kind)[0].returncode == 0
+    (references / "reference0").write_text("of another run")
+    process, _, _ = decode(records, samples, "--ref_type", kind)
+    assert process.returncode == 1 and "holds references, but no input" in process.stderr
+
+
+def test_some_inputs_without_references(decode, samples):
+    """An input keeps its place: stage 6 then names the line, instead of scoring wrong pairs."""
+    records = [{"context": "name : A"}, RECORDS[1], {**RECORDS[2], "completion": ""}]
+    process, references, _ = decode(records, samples)
+    assert process.returncode == 0, process.stderr
+    assert references.read_text() == "\nB, isn't!\n\n"
+    assert process.stdout.endswith("1 references; 1 of 2 inputs have no reference\n")
+    process, references, _ = decode([records[0], RECORDS[1], RECORDS[2]], samples)
+    assert references.read_text() == "A is a Place.\n\nB, isn't!\n\n"
+    references.unlink()
+    process, references, _ = decode(records[:2], samples[:2], "--ref_type", "dart")
+    assert (references / "reference3").read_text() == "\nB, isn't!\n"
+
+
 def test_encoded_completions_come_back_as_text(decode, shared):
     """Stage 5 inverts stage 2: the ids of the expected file are decoded to its completions."""
     folder = shared / "expected/e2e"
@@ -221,7 +270,8 @@ def check_mistake(process, message, *outputs):
     (lambda r, s: (r, None), [], "sample_file: no such file"),
     (lambda r, s: (b"", s), [], "input_file: the file is empty"),
     (lambda r, s: (r, b""), [], "sample_file: the file is empty"),
-    (lambda r, s: ([*r, {"context": "x"}], s), [], 'input_file:4: no "completion"'),
+    (lambda r, s: ([*r, {"completion": "x"}], s), [], 'input_file:4: no "context"'),
+    (lambda r, s: ([{**r[0], "completion": None}], s), [], 'input_file:1: "completion" must be'),
     (lambda r, s: ([{**r[0], "completion": " \n\n x"}, *r[1:]], s), [], "input_file:1: the compl"),
     (lambda r, s: (r, [*s, {"id": 3, "predict": []}]), [], "sample_file:4: id 3, but"),
     (lambda r, s: (r, [*s, {"id": -1, "predict": []}]), [], 'sample_file:4: "id" must be'),

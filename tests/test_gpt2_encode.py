@@ -49,12 +49,26 @@ def test_equals_tiktoken(encode, tiktoken_gpt2, bos, eos):
          "completion": text_ids(" " + record["completion"]) + [END] * eos} for record in RECORDS]
 
 
+def test_inputs_without_a_reference(encode, tiktoken_gpt2):
+    """None stays none; an empty one is encoded as the original does."""
+    process, target = encode(jsonl([{"context": "a b"}, {"context": "a b", "completion": ""},
+                                    {"context": "a b", "completion": "c"}]), "--add_bos",
+                             "--add_eos")
+    assert process.returncode == 0, process.stderr
+    context, ids = [*tiktoken_gpt2.encode_ordinary("a b"), END], tiktoken_gpt2.encode_ordinary
+    assert [json.loads(line) for line in target.read_text().splitlines()] == [
+        {"context": context}, {"context": context, "completion": [*ids(" "), END]},
+        {"context": context, "completion": [*ids(" c"), END]}]
+    assert process.stdout.endswith(": 3 examples; 2 of 3 inputs have no reference\n")
+
+
 @pytest.mark.parametrize("data, message", [
     (None, "formatted.jsonl: no such file; make the file with src/format_converting_e2e.py"),
     (b"", "formatted.jsonl: the file is empty"),
     (jsonl(RECORDS) + b"{", "formatted.jsonl:3: not a JSON object"),
     (jsonl(RECORDS) + b"[]\n", "formatted.jsonl:3: not a JSON object"),
-    (jsonl([{"context": "a"}]), 'formatted.jsonl:1: no "completion"'),
+    (jsonl([{"completion": "a"}]), 'formatted.jsonl:1: no "context"; every line must have "con'),
+    (jsonl([{"context": "a", "completion": None}]), 'formatted.jsonl:1: "completion" must be a t'),
     (jsonl([{"context": [1], "completion": "a"}]), 'formatted.jsonl:1: "context" must be a text'),
     (jsonl([{"context": "a", "completion": "\ud83d"}]), 'formatted.jsonl:1: "completion" must be'),
     (b'{"context": "\xe9", "completion": "a"}\n', "formatted.jsonl:1: not UTF-8"),

@@ -168,6 +168,17 @@ def beam_search(arrays, model, queries, options):
     return results
 
 
+def warp(arrays, temperature, top_k, top_p):
+    """``scores`` after transformers' temperature, top-k and top-p."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = torch.from_numpy(arrays["scores"])  # (R, V)
+    for one in (TemperatureLogitsWarper(temperature), *[TopKLogitsWarper(top_k)] * (top_k > 0),
+                TopPLogitsWarper(top_p)):
+        scores = one(None, scores)
+    return {"scores": scores.numpy()}
+
+
 def _odd_tensors():
     """Tensors of every kind that a checkpoint may hold."""
     torch.manual_seed(0)
@@ -227,7 +238,7 @@ def load_into_model(arrays, path, card, r):
 
 OPERATIONS = {function.__name__: function for function in (
     permutations, batches, distributed, logits, loss_and_gradients, lora_state, merged_linear,
-    adamw, clip, schedule, transformers_schedule, beam_search, save_odd_tensors, save,
+    adamw, clip, schedule, transformers_schedule, beam_search, warp, save_odd_tensors, save,
     save_safetensors, load, load_into_model)}
 
 

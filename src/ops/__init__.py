@@ -21,4 +21,4 @@ from ops.layer_norm import layer_norm, plain_layer_norm
 from ops.linear import linear, pack_weight, plain_linear
 from ops.lora_up import lora_up, plain_lora_up
 from ops.matmul import matmul
-from ops.top_log_probs import plain_top_log_probs, top_log_probs
+from ops.top_log_probs import plain_log_probs, plain_top_log_probs, top_log_probs

@@ -36,6 +36,14 @@ def top_log_probs(logits: jt.Var, k: int, forbidden: Places = (), seen: Places =
 def plain_top_log_probs(logits: np.ndarray, k: int, forbidden: Places = (), seen: Places = (),
                         repetition_penalty: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """:func:`top_log_probs` in NumPy; on CUDA all logits are copied from the GPU for it."""
+    values = plain_log_probs(logits, forbidden, seen, repetition_penalty)  # (N, V)
+    tokens = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :k], axis=1)  # (N, k)
+    return np.take_along_axis(values, tokens, axis=1), tokens.astype(np.int32)
+
+
+def plain_log_probs(logits: np.ndarray, forbidden: Places = (), seen: Places = (),
+                    repetition_penalty: float = 1.0) -> np.ndarray:
+    """The log softmax of logits (N, V), which change in place as in :func:`top_log_probs`."""
     for places, change in ((seen, lambda x: np.where(x < 0, x * repetition_penalty,
                                                      x / repetition_penalty)),
                            (forbidden, lambda x: -np.inf)):
@@ -43,6 +51,4 @@ def plain_top_log_probs(logits: np.ndarray, k: int, forbidden: Places = (), seen
             at = tuple(np.transpose(places))
             logits[at] = change(logits[at])
     high = logits.max(axis=1, keepdims=True)  # (N, 1)
-    log_sum = np.log(np.exp(logits - high).sum(axis=1, keepdims=True)) + high  # (N, 1)
-    tokens = np.sort(np.argsort(-logits, axis=1, kind="stable")[:, :k], axis=1)  # (N, k)
-    return np.take_along_axis(logits, tokens, axis=1) - log_sum, tokens.astype(np.int32)
+    return logits - (np.log(np.exp(logits - high).sum(axis=1, keepdims=True)) + high)

@@ -117,16 +117,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     A mistake in the flags ends with one line and exit code 2. ``prog`` is the command in the help,
     where that is not the script. If the parser has a ``section``, it replaces the word ``@FILE`` by
-    the flags in that section of FILE; flags after ``@FILE`` override those in it.
+    the flags in that section of FILE; flags after ``@FILE`` override those in it. If the section is
+    ``borrowed`` from another script, flags in it that the parser lacks go to ``left_out`` instead.
     """
 
     def __init__(self, doc: str | None, section: str | None = None,  # no doc under python -OO
-                 prog: str | None = None):
+                 prog: str | None = None, borrowed: bool = False):
         super().__init__(prog=prog, description=(doc or "").partition("\n")[0],
                          formatter_class=_HelpFormatter,
                          epilog=section and f"@FILE stands for the flags in section [{section}] of "
                                             "a file, e.g. @data/experiment.ini")
-        self.section = section
+        self.section, self.borrowed = section, borrowed
+        self.left_out: list[str] = []
 
     def parse_args(self, args=None, namespace=None):
         words: list[str] = []
@@ -135,6 +137,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 words.append(word)
                 continue
             for name, value in read_flags(word[1:], self.section).items():
+                if self.borrowed and f"--{name}" not in self._option_string_actions:
+                    self.left_out.append(f"--{name}")
+                    continue
                 words += [f"--{name}"] if value is None else [f"--{name}", value]
         return super().parse_args(words, namespace)
 

@@ -3,7 +3,8 @@
 Text files are UTF-8, or UTF-16 or UTF-32 with their mark, one record a line. A line ends at LF,
 CRLF or CR and nowhere else: other line and paragraph separators of Unicode are text.
 ``*_formatted.jsonl`` holds ``{"context": str, "completion": str}``, ``*.jsonl`` the same keys with
-lists of token ids, a prediction file ``{"id": int, "predict": [int, ...]}``.
+lists of token ids, a prediction file ``{"id": int, "predict": [int, ...]}``. Inputs without a
+reference may lack "completion".
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Iterable, Iterator
+from typing import IO, Collection, Iterable, Iterator
 
 from runtime.errors import InputError
 from runtime.locks import lock
@@ -99,14 +100,16 @@ def _likely_encoding(data: bytes) -> str:
     return _ENCODINGS[min(found)[2]] if found else "ENCODING"
 
 
-def read_jsonl(path: str | os.PathLike, keys: dict[str, type],
-               remedy: str = "check the path") -> list[dict]:
+def read_jsonl(path: str | os.PathLike, keys: dict[str, type], remedy: str = "check the path",
+               optional: Collection[str] = ()) -> list[dict]:
     """The objects of a JSON-lines file, each with ``keys`` of the given types.
 
     A key's type is ``str``, ``bool``, ``int`` (>= 0) or ``list`` (of token ids, integers >= 0).
+    Those of the keys that are ``optional`` may be absent.
     Raises InputError naming the file, the line and the first thing wrong with it.
     """
     records = []
+    required = [key for key in keys if key not in optional]
     for number, line in enumerate(read_lines(path, remedy), start=1):
         where = f"{path}:{number}"
         try:
@@ -115,12 +118,12 @@ def read_jsonl(path: str | os.PathLike, keys: dict[str, type],
             record = None
         if not isinstance(record, dict):
             raise InputError(f"{where}: not a JSON object; every line must be one, with "
-                             f"{_names(keys)}; {remedy}")
+                             f"{_names(required)}; {remedy}")
         for key, kind in keys.items():
-            if key not in record:
-                raise InputError(f"{where}: no \"{key}\"; every line must have {_names(keys)}; "
-                                 f"{remedy}")
-            if not _is(record[key], kind):
+            if key not in record and key in required:
+                raise InputError(f"{where}: no \"{key}\"; every line must have "
+                                 f"{_names(required)}; {remedy}")
+            if key in record and not _is(record[key], kind):
                 raise InputError(f"{where}: \"{key}\" must be {_KINDS[kind]}; {remedy}")
         records.append(record)
     if not records:

@@ -1,10 +1,12 @@
-"""What a script says while it works: log lines, and how far long work is."""
+"""What a script says while it works: log lines, how far long work is, results on stdout."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import Iterable, Iterator, Sized, TypeVar
+from contextlib import contextmanager
+from typing import IO, Iterable, Iterator, Sized, TypeVar
 
 from tqdm import tqdm
 
@@ -83,3 +85,18 @@ def progress(items: Iterable[Item], desc: str, unit: str = "it") -> Iterator[Ite
         for item in items:
             yield item
             bar.update()
+
+
+@contextmanager
+def results_on_stdout() -> Iterator[IO[bytes]]:
+    """Standard output as a file for results alone: what else is printed goes to standard error."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(stdout, "wb", closefd=False) as results:
+            yield results
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)

@@ -1,0 +1,104 @@
+"""What src/gpt2_beam.py and src/gpt2_generate.py share: flags of the model and of the search."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Sequence
+
+from config import MODEL_CARDS, LoRAConfig
+from runtime import memory
+from runtime.flags import at_least, between
+
+END_OF_TEXT = 50256
+
+
+def add_flags(parser: argparse.ArgumentParser, data: argparse._ArgumentGroup) -> None:
+    """Adds the flags; ``data`` is the group of the parser's flags on what is to be continued."""
+    data.add_argument("--batch_size", type=at_least(1), default=10,
+                      help="contexts searched at a time; changes the speed only")
+    data.add_argument("--seq_len", type=at_least(2), default=512,
+                      help="a context keeps its last seq_len - eval_len tokens")
+    data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
+    model.add_argument("--init_checkpoint", metavar="FILE", required=True,
+                       help="weights (.bin, .pt, .safetensors)")
+    model.add_argument("--lora_checkpoint", metavar="FILE",
+                       help="LoRA matrices, if --init_checkpoint has only the base")
+    model.add_argument("--lora_dim", type=at_least(0), default=0, help="LoRA's rank r; 0: no LoRA")
+    model.add_argument("--lora_alpha", type=at_least(0), default=128,
+                       help="LoRA's output is scaled by alpha / r")
+
+    search = parser.add_argument_group("beam search")
+    search.add_argument("--beam", type=at_least(1), default=1, help="beams of a context")
+    search.add_argument("--length_penalty", type=between(-10, 10), default=1.0,
+                        help="a sequence scores log p / length ** length_penalty")
+    search.add_argument("--no_repeat_ngram_size", type=at_least(0), default=4,
+                        help="no n-gram of this size twice; 0: no such rule")
+    search.add_argument("--repetition_penalty", type=at_least(0.01, float), default=1.0,
+                        help="on tokens generated before; 1: none")
+    search.add_argument("--min_length", type=at_least(0), default=0, help="fewest tokens of a text")
+    search.add_argument("--eos_token_id", type=at_least(0), action="append", default=[END_OF_TEXT],
+                        help="a further end token; may be repeated")
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with the parser's error where flags do not fit each other or the model."""
+    config = MODEL_CARDS[args.model_card]
+    if args.seq_len <= args.eval_len:
+        parser.error(f"--seq_len {args.seq_len} leaves no room for a context before --eval_len "
+                     f"{args.eval_len} tokens")
+    if args.seq_len > config.n_positions:
+        parser.error(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
+    if args.beam > config.vocab_size:
+        parser.error(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
+
+
+def cuts(args: argparse.Namespace, samples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> str:
+    """How many contexts lose their beginning, and how many completions are longer; "" if none."""
+    keep, parts = args.seq_len - args.eval_len, []
+    for what, limit, lengths in (
+            (f"contexts lose their beginning, being longer than {keep} tokens (--seq_len "
+             f"{args.seq_len} less --eval_len {args.eval_len})", keep,
+             [len(context) for context, _ in samples]),
+            (f"completions are longer than --eval_len {args.eval_len}", args.eval_len,
+             [len(completion) for _, completion in samples])):
+        cut = sum(length > limit for length in lengths)
+        if cut:
+            parts.append(f"{cut} of {len(samples)} {what}, by up to {max(lengths) - limit}")
+    if not parts:
+        return ""
+    room = max(args.eval_len, *(len(completion) for _, completion in samples))
+    return (f"{'; '.join(parts)}; raise --eval_len to {room} and --seq_len to "
+            f"{room + max(len(context) for context, _ in samples)} to cut none")
+
+
+def require_memory(args: argparse.Namespace, rows: int) -> None:
+    """Raises InputError unless there is memory to continue that many ``rows`` at a time."""
+    card = MODEL_CARDS[args.model_card]
+    # the weights, keys and values of what is generated, logits
+    memory.require(4 * (card.weights + rows * (2 * card.n_layer * card.n_embd * args.eval_len
+                                               + card.vocab_size)),
+                   "take a smaller --batch_size, --beam or --model_card")
+
+
+def make_generator(args: argparse.Namespace):
+    """The model with its weights, in the form that can only generate; Jittor must have started."""
+    import checkpoint
+    from generator import Generator
+    from model import GPT2LMModel
+
+    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
+    checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
+    return Generator(model)  # when the model is dropped, its matrices are freed as they are packed
+
+
+def beam_options(args: argparse.Namespace):
+    """The flags as BeamOptions; Jittor must have started."""
+    from beam_search import BeamOptions
+
+    return BeamOptions(
+        beam=args.beam, eval_len=args.eval_len, min_length=args.min_length,
+        length_penalty=args.length_penalty, no_repeat_ngram_size=args.no_repeat_ngram_size,
+        repetition_penalty=args.repetition_penalty, eos_token_ids=frozenset(args.eos_token_id))

@@ -313,6 +313,31 @@ def beam(train):
                   "--beam", 2, "--work_dir", folder, "--output_file", "out.jsonl"], ["out.jsonl"])
 
 
+@pytest.fixture(scope="module")
+def generate(train, tmp_path_factory):
+    """With a vocabulary of bytes: those of the contexts below are among the 97 tokens."""
+    encoder = importlib.import_module("encoder")
+    tokens = [*sorted(encoder.byte_symbols()), encoder.END_OF_TEXT]
+    of_bytes = encoder.Encoder({token: i for i, token in enumerate(tokens)}, [])
+    of_bytes.end_of_text = 96
+    folder, module = tmp_path_factory.mktemp("generate"), importlib.import_module("gpt2_generate")
+    files = {"in.txt": b"NAME:SWAN\nX\n", "in.jsonl": jsonl({"context": "A"}, {"context": "B"}),
+             "base.pt": train[1]["base.pt"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "get_encoder", lambda _: of_bytes)
+        stages = {name: Stage("gpt2_generate", folder, files, [
+            "--input", folder / name, "--seq_len", 12, "--eval_len", 4, "--model_card",
+            "gpt2.nano", "--init_checkpoint", folder / "base.pt"], [])
+                  for name in ("in.txt", "in.jsonl")}
+        assert all(stage(name, files[name]) == 0 for name, stage in stages.items())
+        yield stages
+
+
+@fuzz(damage(), st.sampled_from(["in.txt", "in.jsonl"]), examples=40)
+def test_generate(generate, damaged, name):
+    generate[name](name, damaged(generate[name].files[name]))
+
+
 @fuzz(damage(), st.sampled_from(["test.jsonl", "base.pt"]), examples=40)
 def test_beam(beam, damaged, name):
     beam(name, damaged(beam.files[name]))

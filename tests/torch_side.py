@@ -173,9 +173,11 @@ def warp(arrays, temperature, top_k, top_p):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     scores = torch.from_numpy(arrays["scores"])  # (R, V)
-    for one in (TemperatureLogitsWarper(temperature), *[TopKLogitsWarper(top_k)] * (top_k > 0),
-                TopPLogitsWarper(top_p)):
-        scores = one(None, scores)
+    warpers = [TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)]
+    if top_k:  # transformers has no warper for all tokens
+        warpers.insert(1, TopKLogitsWarper(top_k))
+    for warper in warpers:
+        scores = warper(None, scores)
     return {"scores": scores.numpy()}
 
 

@@ -198,7 +198,8 @@ def contradictions(rows: list[Row], flags: list[dict], prose: bool = False) -> l
 
 CONVERTERS = tuple(f"src/format_converting_{name}.py" for name in ("e2e", "webnlg", "dart"))
 STAGES = (*CONVERTERS, "src/gpt2_encode.py", "src/gpt2_ft.py",
-          "src/gpt2_beam.py", "src/gpt2_decode.py", "eval/e2e/measure_scores.py", "eval/eval_m.py")
+          "src/gpt2_beam.py", "src/gpt2_generate.py", "src/gpt2_decode.py",
+          "eval/e2e/measure_scores.py", "eval/eval_m.py")
 OTHERS = ("data/download_data.py", "pretrained_checkpoints/download_checkpoints.py",
           "vocab/download_vocab.py", "data/demo/generate.py", "data/demo/report.py")
 BENCH = tuple(f"bench/bench_{name}.py" for name in ("train", "beam", "scale"))
@@ -672,7 +673,7 @@ def test_both_languages_say_the_same(ours, theirs):
 def test_differences_are_seen():
     text = (ROOT / "docs/reference.md").read_text()
     ours = parse(text)
-    for old, new in (("| `--beam` |", "| `--beams` |"), ("\nbeam = 10\n", "\nbeam = 11\n"),
+    for old, new in (("| `--keep_last` |", "| `--keep` |"), ("\nbeam = 10\n", "\nbeam = 11\n"),
                      ("### Stage 5:", "#### Stage 5:"), ("| `--lower` | off |", "| off |"),
                      ("BLEU: 0.2039", "BLEU: 0.2040")):
         assert differences(ours, doctored(text, old, new))

@@ -200,6 +200,10 @@ decode_and_score_e2e() {  # PREDICTIONS
     # The user's document has these names in the root, which belongs to the default folder alone.
     [[ ! "$WORK_DIR" -ef ./trained_models/GPT2_M/e2e ]] || texts=""
     decode "$WORK_DIR/$1" "${texts}e2e_ref.txt" "${texts}e2e_pred.txt"
+    if [[ ! -e "${texts}e2e_ref.txt" ]]; then
+        echo "no references, so no scores; texts: ${texts}e2e_pred.txt"
+        return
+    fi
     score_to "$WORK_DIR/scores.txt" \
         eval/e2e/measure_scores.py "${texts}e2e_ref.txt" "${texts}e2e_pred.txt" -p
     cat "$WORK_DIR/scores.txt"
@@ -228,6 +232,10 @@ decode_and_score_triples() {  # PREDICTIONS
         name="${name:+.$name}"
         decode "$WORK_DIR/$1" "$WORK_DIR/references$name" "$WORK_DIR/hypothesis$name" \
             --ref_type "$experiment" --ref_num 6 --tokenize --lower --filter "$part"
+        if [[ ! -e "$WORK_DIR/references$name" ]]; then
+            echo "no references, so no scores; texts: $WORK_DIR/hypothesis$name"
+            return
+        fi
         score_to "$WORK_DIR/scores$name.txt" eval/eval_m.py -who "$experiment, $part" \
             -R "$WORK_DIR/references$name/reference" -H "$WORK_DIR/hypothesis$name" -nr 6 \
             -m bleu,meteor,ter --json "$WORK_DIR/scores$name.json"

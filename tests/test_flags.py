@@ -231,7 +231,7 @@ PYTHON = """#!/usr/bin/env bash
 case "${1:-}" in *.py) printf '%q ' "$@" >> "$CALLS"; echo >> "$CALLS" ;; esac
 while (( $# )); do
     if [[ "$1" == --work_dir ]]; then mkdir -p "$2"; touch "$2/model.7.pt"; fi
-    if [[ "$1" == --output_file ]]; then touch "$2"; fi
+    if [[ "$1" == @(--output_file|--output_ref_file) ]]; then touch "$2"; fi
     shift
 done
 """

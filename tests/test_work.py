@@ -137,7 +137,8 @@ def test_missing_files_name_the_command_that_fetches_them(copy):
 
 
 # Records its words. Training leaves the checkpoints STEPS and, if LAST is set, metrics.csv up to
-# LAST. Scoring prints SCORES and ends with exit code SCORED.
+# LAST. Decoding leaves references unless UNREFERENCED is set. Scoring prints SCORES and ends with
+# exit code SCORED.
 # The stage WAITS_IN ends when a line can be read from GATE.
 PYTHON = """#!/usr/bin/env bash
 [[ "${1:-}" == *.py ]] || exit 0
@@ -146,6 +147,10 @@ printf '%q ' "$stage" "$@" >> "$CALLS"
 echo >> "$CALLS"
 [[ "$stage" != "${WAITS_IN:-}" ]] || read -r < "$GATE"
 [[ "$stage" != @(measure_scores|eval_m) ]] || { printf "${SCORES:-}"; exit "${SCORED:-0}"; }
+while [[ "$stage" == gpt2_decode && $# != 0 ]]; do
+    [[ "$1" != --output_ref_file || -n "${UNREFERENCED:-}" ]] || touch "$2"
+    shift
+done
 [[ "$stage" == gpt2_ft ]] || exit 0
 while [[ "$1" != --work_dir ]]; do shift; done
 mkdir -p "$2"
@@ -296,6 +301,17 @@ def test_texts_and_scores_stay_in_their_work_dir(clone):
     assert [words[1:] for words in clone.called("record_scores")][1:3] == [
         [folder, "./data/e2e", "predict.7.b10p08r4.jsonl", "scores.txt"]
         for folder in ("./trained_models/GPT2_M/e2e", str(default))]
+
+
+@pytest.mark.parametrize("words", [[], ["webnlg"]])
+def test_inputs_without_references_have_no_scores(clone, words):
+    clone.make(*(f"data/webnlg_challenge_2017/{file}.jsonl" for file in (
+        "train", "valid", "test", "test_formatted")))
+    done = clone.run(*words, UNREFERENCED=1, WORK_DIR="out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("no references, so no scores; texts: out/")
+    assert not clone.called("measure_scores") + clone.called("eval_m") + clone.called(
+        "record_scores")
 
 
 @pytest.mark.parametrize("words, name", [([], "scores.txt"), (["demo"], "lora_scores.txt")])

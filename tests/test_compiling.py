@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import compiling, progress
+from runtime.errors import InputError
 
 # The format of Jittor's parallel_compiler.cc: a line feed before the first report and at the end.
 REPORTS = (b"\nCompiling Operators(1/4) used: 2.01s eta:    6s \r"
@@ -220,6 +221,21 @@ def test_jittors_own_files_on_a_terminal(clock):
         bar.update(2)
         text = shown()
     assert "compiling Jittor" in text and "3/3" in text and text.endswith("\n")
+
+
+def square_or_die(number: int) -> int:
+    if number < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.01)
+    return number ** 2
+
+
+@pytest.mark.parametrize("numbers", [[-1], [3, -1, 4], [*range(20), -1, -1, -1]])
+def test_a_compiler_process_that_is_killed_ends_the_wait(numbers):
+    with compiling.CompilerPool(3) as pool:
+        assert sorted(pool.imap_unordered(square_or_die, range(9))) == [n ** 2 for n in range(9)]
+        with pytest.raises(InputError, match="was killed.*start again"):
+            list(pool.imap_unordered(square_or_die, numbers))
 
 
 def test_core_progress_fits_jittors_calls():

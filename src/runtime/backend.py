@@ -303,6 +303,8 @@ def _import_jittor(on_cuda: bool):
             raise KeyboardInterrupt from None
         if memory.ran_out(error):
             raise MemoryError from None
+        if isinstance(error, InputError):
+            raise
         reason = (str(error).strip().splitlines() or ["unknown"])[-1]
         raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
                          "errors in docs/running.md") from None

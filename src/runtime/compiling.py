@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import multiprocessing
+import multiprocessing.pool
 import os
 import re
 import select
@@ -22,12 +24,13 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, Iterable, Iterator
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # src/, for `runtime`
 
 from runtime import processes
+from runtime.errors import InputError
 from runtime.progress import Progress, log
 
 REPORT = re.compile(rb"Compiling Operators\((\d+)/(\d+)\)")
@@ -62,11 +65,33 @@ class CoreProgress:
                 self.bar.close()
 
 
+class CompilerPool(multiprocessing.pool.Pool):
+    """Jittor's compiler processes. Python's pool waits for ever for one that was killed."""
+
+    def imap_unordered(self, func: Callable, iterable: Iterable,  # type: ignore[override]
+                       chunksize: int = 1) -> Iterator[Any]:
+        """As Python's; raises InputError within a second after a process has ended."""
+        processes_at_first = [process.pid for process in self._pool]  # type: ignore[attr-defined]
+        results = super().imap_unordered(func, iterable, chunksize)
+        while True:
+            try:
+                yield results.next(timeout=1)
+            except StopIteration:
+                return
+            except multiprocessing.TimeoutError:
+                alive = [process.pid for process in self._pool  # type: ignore[attr-defined]
+                         if process.exitcode is None]
+                if alive != processes_at_first:
+                    raise InputError("a process that compiles Jittor was killed, perhaps because "
+                                     "the memory ran out; start again") from None
+
+
 def take_over() -> None:
-    """Replaces Jittor's display of progress and the beginning of its compiler processes."""
+    """Replaces Jittor's display of progress, its compiler processes and their beginning."""
     import jittor_utils
 
     jittor_utils.DelayProgress = CoreProgress
+    jittor_utils.Pool = CompilerPool
     jittor_utils.pool_initializer = partial(_begin_compiler, os.getpid(),
                                             jittor_utils.pool_initializer)
 

@@ -31,8 +31,12 @@ MODEL_CARDS = {
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """LoRA's rank r (0: no LoRA, every weight trains), its scale alpha / r and its dropout."""
+    """LoRA's rank r (0: no LoRA, every weight trains), its scale alpha / r and its dropout.
+
+    ``enable`` says which of query, key and value have LoRA; the experiment's are query and value.
+    """
 
     r: int = 0
-    alpha: int = 128
+    alpha: float = 128
     dropout: float = 0.0
+    enable: tuple[bool, bool, bool] = (True, False, True)

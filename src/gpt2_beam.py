@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import peft_adapter
 from config import MODEL_CARDS, LoRAConfig
 from runtime import backend, memory, processes
 from runtime.errors import Interrupted
@@ -47,11 +48,13 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
     model.add_argument("--init_checkpoint", metavar="FILE", required=True,
                        help="weights (.bin, .pt, .safetensors)")
-    model.add_argument("--lora_checkpoint", metavar="FILE",
-                       help="LoRA matrices, if --init_checkpoint has only the base")
-    model.add_argument("--lora_dim", type=at_least(0), default=0, help="LoRA's rank r; 0: no LoRA")
-    model.add_argument("--lora_alpha", type=at_least(0), default=128,
-                       help="LoRA's output is scaled by alpha / r")
+    model.add_argument("--lora_checkpoint", metavar="PATH",
+                       help="LoRA matrices or the folder of a PEFT adapter, if --init_checkpoint "
+                            "has only the base")
+    model.add_argument("--lora_dim", type=at_least(0),
+                       help="LoRA's rank r; 0: no LoRA; none: an adapter's, else 0")
+    model.add_argument("--lora_alpha", type=at_least(0, float),
+                       help="LoRA's output is scaled by alpha / r; none: an adapter's, else 128")
 
     search = parser.add_argument_group("beam search")
     search.add_argument("--beam", type=at_least(1), default=1, help="beams of a context")
@@ -74,6 +77,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
 
     config = MODEL_CARDS[args.model_card]
+    args.lora_dim, args.lora_alpha = peft_adapter.flags(
+        args.lora_checkpoint, config, args.lora_dim, args.lora_alpha)
     if args.seq_len <= args.eval_len:
         parser.error(f"--seq_len {args.seq_len} leaves no room for a context before --eval_len "
                      f"{args.eval_len} tokens")

@@ -10,6 +10,7 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
+import peft_adapter
 from config import MODEL_CARDS, LoRAConfig
 from runtime import backend, memory, processes
 from runtime.errors import InputError
@@ -44,12 +45,13 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.md", help="size of GPT-2")
     model.add_argument("--init_checkpoint", metavar="FILE",
                        help="weights to start from (.bin, .pt, .safetensors); none: random")
-    model.add_argument("--lora_checkpoint", metavar="FILE",
-                       help="LoRA matrices to start from, with the base in --init_checkpoint")
-    model.add_argument("--lora_dim", type=at_least(0), default=0,
-                       help="LoRA's rank r; 0 trains every weight")
-    model.add_argument("--lora_alpha", type=at_least(0), default=128,
-                       help="LoRA's output is scaled by alpha / r")
+    model.add_argument("--lora_checkpoint", metavar="PATH",
+                       help="LoRA matrices to start from, or the folder of a PEFT adapter, with "
+                            "the base in --init_checkpoint")
+    model.add_argument("--lora_dim", type=at_least(0), help="LoRA's rank r; 0 trains every "
+                       "weight; none: an adapter's, else 0")
+    model.add_argument("--lora_alpha", type=at_least(0, float),
+                       help="LoRA's output is scaled by alpha / r; none: an adapter's, else 128")
     model.add_argument("--lora_dropout", type=share, default=0.0, help="dropout on LoRA's input")
 
     loop = parser.add_argument_group("training")
@@ -100,6 +102,8 @@ def parse_args() -> argparse.Namespace:
     add_device_flag(parser)
     args = parser.parse_args()
 
+    args.lora_dim, args.lora_alpha = peft_adapter.flags(
+        args.lora_checkpoint, MODEL_CARDS[args.model_card], args.lora_dim, args.lora_alpha)
     if args.max_epoch is None and args.max_step is None and args.scheduler != "cycle":
         parser.error("give --max_epoch or --max_step")
     try:

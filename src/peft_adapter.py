@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -238,6 +239,8 @@ def _alpha(folder: Path, config: dict, layer: str) -> float:
     """lora_alpha of a layer; PEFT's default is 8."""
     alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
     try:
+        if not isinstance(patterns, dict):
+            raise ValueError
         key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", layer)), None)
         alpha = alpha if key is None else patterns[key]
         if isinstance(alpha, bool) or not math.isfinite(alpha):
@@ -337,8 +340,24 @@ def as_lora(adapter: Adapter, config: GPT2Config) -> OurLoRA:
     return OurLoRA(r, abs(top.alpha) * (r / top.rank), enable, weights)
 
 
+def flags(path: str | None, config: GPT2Config, lora_dim: int | None,
+          lora_alpha: float | None) -> tuple[int, float]:
+    """--lora_dim and --lora_alpha of a run: those of the adapter ``path``, if it is one.
+
+    Else those given; the defaults are 0 and 128. Raises InputError for others than the adapter's.
+    """
+    if not path or not folder_of(path):
+        return lora_dim or 0, 128 if lora_alpha is None else lora_alpha
+    found = as_lora(read(path), config)
+    if lora_dim not in (None, found.r) or lora_alpha is not None \
+            and not math.isclose(lora_alpha, found.alpha, rel_tol=1e-5):  # printed, it has 6 digits
+        raise InputError(f"{path}: has --lora_dim {found.r} and --lora_alpha {found.alpha:g}; give "
+                         "these, or leave both flags out")
+    return found.r, found.alpha
+
+
 def _merge_first(adapter: Adapter, what: str) -> InputError:
-    return InputError(f"{adapter.path}: {what}; {MERGE.format(adapter.path)}")
+    return InputError(f"{adapter.path}: {what}; {MERGE.format(shlex.quote(adapter.path))}")
 
 
 def our_lora(lora: Weights, alpha: float, path: str | os.PathLike) -> OurLoRA:

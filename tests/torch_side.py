@@ -225,10 +225,54 @@ def load_into_model(arrays, path, card, r):
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
+def folder_logits(arrays, base, adapter=None):
+    """transformers' ``logits`` (B, T, V) of a folder, with PEFT's adapter in it; in float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base).double()
+    if adapter:
+        import peft
+        model = peft.PeftModel.from_pretrained(model, adapter).double()
+    with torch.no_grad():
+        return {"logits": model.eval()(torch.from_numpy(arrays["ids"]).long()).logits.numpy()}
+
+
+def save_adapter(arrays, base, path, scale=0.1, **config):
+    """Saves an adapter of PEFT with random matrices; returns its ``logits`` as above."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base),
+                                peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += scale * torch.randn_like(p)
+    model.save_pretrained(path)
+    with torch.no_grad():
+        ids = torch.from_numpy(arrays["ids"]).long()
+        return {"logits": model.double().eval()(ids).logits.numpy()}
+
+
+def tokenize(arrays, folder, texts):
+    """The ids of each text by transformers' tokenizers and by ``tokenizers`` itself."""
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    ways = {"slow": AutoTokenizer.from_pretrained(folder, use_fast=False).encode,
+            "fast": AutoTokenizer.from_pretrained(folder).encode,
+            "alone": lambda text: tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+            .encode(text).ids}
+    return {f"{way} {n}": np.array(encode(text), int) for way, encode in ways.items()
+            for n, text in enumerate(texts)}
+
+
 OPERATIONS = {function.__name__: function for function in (
     permutations, batches, distributed, logits, loss_and_gradients, lora_state, merged_linear,
     adamw, clip, schedule, transformers_schedule, beam_search, save_odd_tensors, save,
-    save_safetensors, load, load_into_model)}
+    save_safetensors, load, load_into_model, folder_logits, save_adapter,
+    tokenize)}
 
 
 def main() -> None:

@@ -125,10 +125,11 @@ def write_hf(folder: Path, args: argparse.Namespace, config: GPT2Config, base: W
     if lora:
         base = peft_adapter.merge(lora, base)
     hf_export.write_model(folder, config, {name: base[name] for name in hf_export.shapes(config)})
+    what = "the model, LoRA merged into it" if lora else "the model, which has no LoRA"
     if config.vocab_size < hf_export.VOCABULARY:
-        return "the model, without a tokenizer, because its vocabulary is not GPT-2's"
+        return f"{what}; no tokenizer, because its vocabulary is not GPT-2's"
     hf_export.write_tokenizer(folder, args.vocab, config.n_positions)
-    return "the model, LoRA merged into it" if lora else "the model, which has no LoRA"
+    return what
 
 
 def write_lora(folder: Path, args: argparse.Namespace, config: GPT2Config, base: Weights,

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import run_main, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -406,3 +407,159 @@ def test_flags(interop):
     for wrong in ((4, None), (None, 16)):
         with pytest.raises(InputError, match="has --lora_dim 3 and --lora_alpha 27.7128"):
             peft_adapter.flags(adapter, TINY, *wrong)
+
+
+# In our model
+
+
+@pytest.fixture
+def filled(jittor, interop, small_model):
+    """Our model with the base of expected/interop and LoRA of a file or an adapter."""
+    import checkpoint
+
+    def fill(lora, r, alpha):
+        model = small_model(r=r, alpha=alpha, n_layer=2, n_embd=32, n_head=4, vocab_size=61,
+                            n_positions=24)
+        checkpoint.load(model, str(interop / "base/model.safetensors"), str(lora))
+        return model
+    return fill
+
+
+def last_logits(model, ids):
+    from generator import Generator
+
+    return Generator(model).start(ids, np.full(len(ids), ids.shape[1]), 1, 1)[0].numpy()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in REFUSED and n not in MERGED_ONLY])
+def test_model_with_an_adapter(interop, expected, filled, name):
+    _, ids, truth = expected
+    model = filled(interop / name, *peft_adapter.flags(interop / name, TINY, None, None))
+    found = last_logits(model, ids)
+    assert np.abs(found - truth[name]).max() < 5e-6 < 0.1 < np.abs(found - truth["base"]).max()
+
+
+def test_lora_on_the_key_trains_and_is_saved(jittor, interop, filled, tmp_path):
+    """Every LoRA matrix gets a gradient; both kinds of checkpoints load into a usual model."""
+    import checkpoint
+    import lora
+
+    model = filled(interop / "c_attn", 4, 16)
+    lora.mark_only_lora_as_trainable(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {n: tuple(p.shape) for n, p in trained.items()} == {
+        f"transformer.h.{n}.attn.c_attn.lora_{part}": shape for n in range(2)
+        for part, shape in (("A", (12, 32)), ("B", (96, 4)))}
+    loss = model.loss(IDS, np.roll(IDS, -1, 1), np.ones(IDS.shape, np.float32))
+    for name, gradient in zip(trained, jittor.grad(loss, list(trained.values()))):
+        for third in np.split(gradient.numpy(), 3):
+            assert np.abs(third).max() > 1e-6, name
+
+    weights = weights_of(model)
+    checkpoint.save_lora(model, tmp_path / "model.5.pt")
+    checkpoint.save_model(model, tmp_path / "model.9.pt")
+    again = weights_of(filled(tmp_path / "model.5.pt", 4, 16))
+    assert all(np.array_equal(again[name], a) for name, a in weights.items())
+    other = filled(interop / "no_key_c_attn", 4, 16)
+    checkpoint.load(other, str(tmp_path / "model.9.pt"))
+    assert other.lora_config.enable == (True, True, True)
+    assert all(np.array_equal(weights_of(other)[name], a) for name, a in weights.items())
+
+
+def test_another_rank_or_alpha(interop, filled):
+    for r, alpha in ((3, 16), (4, 32)):
+        with pytest.raises(InputError, match="has --lora_dim 4 and --lora_alpha 16, not"):
+            filled(interop / "c_attn", r, alpha)
+
+
+def test_biases_of_a_lora_file(jittor, interop, base, filled, tmp_path):
+    """loralib's bias="lora_only": biases replace the base's, and stay with LoRA when saved."""
+    import checkpoint
+    from runtime import torch_file
+
+    lora = read_weights(interop / "ours_r3_alpha7.safetensors")
+    bias = "transformer.h.1.attn.c_attn.bias"
+    file = {**lora, bias: np.full(96, 0.5, np.float32)}
+    torch_file.save(tmp_path / "lora.pt", {"model_state_dict": file})
+    model = filled(tmp_path / "lora.pt", 3, 7)
+    wanted = logits(with_lora(OurLoRA(3, 7, (True, False, True), file), base), IDS)[:, -1]
+    without = logits(with_lora(OurLoRA(3, 7, (True, False, True), lora), base), IDS)[:, -1]
+    assert np.abs(last_logits(model, IDS) - wanted).max() < 5e-6 < np.abs(wanted - without).max()
+    checkpoint.save_lora(model, tmp_path / "model.5.pt")
+    saved = read_weights(tmp_path / "model.5.pt")
+    assert saved.keys() == file.keys()
+    assert all(np.array_equal(saved[name], a) for name, a in file.items())
+
+    # a whole model gives its LoRA alone, as the base of --init_checkpoint is asked for
+    torch_file.save(tmp_path / "whole.pt", {"model_state_dict": {**base, **file}})
+    model = filled(tmp_path / "whole.pt", 3, 7)
+    assert np.abs(last_logits(model, IDS) - without).max() < 5e-6
+    checkpoint.save_lora(model, tmp_path / "model.6.pt")
+    assert read_weights(tmp_path / "model.6.pt").keys() == lora.keys()
+
+    torch_file.save(tmp_path / "lora.pt", {"model_state_dict": {
+        **lora, "transformer.h.1.attn.c_attn.other.bias": np.zeros(96, np.float32)}})
+    with pytest.raises(InputError, match="1 unexpected: transformer.h.1.attn.c_attn.other.bias"):
+        filled(tmp_path / "lora.pt", 3, 7)
+
+
+def test_scripts_take_adapters(tiny, tmp_path):
+    """Trained on with LoRA on the key, searched and exported; an adapter that changed is another
+    one, and a flag that contradicts it is an error."""
+    import gpt2_beam
+    import gpt2_export
+    import gpt2_ft
+    from runtime import torch_file
+
+    random, adapter, C = np.random.default_rng(0), tmp_path / "adapter", 8
+    adapter.mkdir()
+
+    def write():
+        weights = {f"transformer.h.{n}.attn.c_attn.lora_{part}": random.normal(0, 0.3, shape)
+                   .astype(np.float32) for n in range(2)
+                   for part, shape in (("A", (6, C)), ("B", (3 * C, 2)))}
+        peft_adapter.write(adapter, OurLoRA(2, 3.5, (True, True, True), weights), 0.0, None)
+
+    def train(folder, *flags):
+        return run_main(gpt2_ft.main, [
+            "--train_data", tmp_path / "data.jsonl", "--valid_data", tmp_path / "data.jsonl",
+            "--model_card", "gpt2.nano", "--seq_len", 16, "--max_step", 4, "--save_interval", 2,
+            "--lr", 0.01, "--work_dir", tmp_path / folder, "--device", "cpu", *flags])
+
+    write()
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for _ in range(8):
+            context, completion = random.integers(97, size=(2, 5)).tolist()
+            file.write(json.dumps({"context": context, "completion": completion}) + "\n")
+    assert train("base") == (0, "")
+    base = tmp_path / "base/model.4.pt"
+    use = ["--init_checkpoint", base, "--lora_checkpoint", adapter]
+    assert train("tuned", *use) == (0, "")
+    rank = peft_adapter.as_lora(peft_adapter.read(adapter), GPT2Config(2, C, 2, 97, 32)).r
+    weights = torch_file.load(tmp_path / "tuned/model.2.pt")["model_state_dict"]
+    assert weights["transformer.h.1.attn.c_attn.lora_A"].shape == (3 * rank, C)
+    assert train("tuned", *use, "--resume") == (0, "")  # it has ended
+    code, said = train("tuned", *use, "--lora_dim", rank + 1)
+    assert code == 1 and f"has --lora_dim {rank} and --lora_alpha" in said
+
+    def search(name, *flags):
+        code, said = run_main(gpt2_beam.main, [
+            "--data", tmp_path / "data.jsonl", "--seq_len", 16, "--eval_len", 6, "--model_card",
+            "gpt2.nano", "--beam", 2, "--work_dir", tmp_path, "--output_file", name, "--device",
+            "cpu", *flags])
+        assert code == 0, said
+        return (tmp_path / name).read_text()
+
+    flags = peft_adapter.flags(adapter, GPT2Config(2, C, 2, 97, 32), None, None)
+    last = search("last.jsonl", "--init_checkpoint", tmp_path / "tuned/model.4.pt",
+                  "--lora_dim", flags[0], "--lora_alpha", flags[1])
+    exports = [["--format", "peft", "--output_dir", tmp_path / "again"],
+               ["--format", "hf", "--output_dir", tmp_path / "hf"]]
+    for export in exports:
+        code, said = run_main(gpt2_export.main, [
+            "--init_checkpoint", tmp_path / "tuned/model.4.pt", "--lora_alpha", flags[1], *export])
+        assert code == 0, said
+    assert search("peft.jsonl", "--init_checkpoint", base, "--lora_checkpoint",
+                  tmp_path / "again") == last
+    assert search("hf.jsonl", "--init_checkpoint", tmp_path / "hf/model.safetensors") == last
+    assert search("base.jsonl", "--init_checkpoint", base) != last

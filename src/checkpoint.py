@@ -1,4 +1,4 @@
-"""Fills a model from checkpoints and writes them."""
+"""Fills a model from checkpoints, and writes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import peft_adapter
 from model import GPT2LMModel
 from runtime import torch_file
 from runtime.errors import InputError
-from weights import EMBEDDING, HEAD_NAMES, lora_form, lora_part, read_weights
+from weight_names import EMBEDDING, HEAD_NAMES
+from weights import lora_form, lora_part, read_weights
+
+LISTED = 3  # names in a message
 
 
 def load(model: GPT2LMModel, init_checkpoint: str | None, lora_checkpoint: str | None = None,
@@ -22,7 +25,7 @@ def load(model: GPT2LMModel, init_checkpoint: str | None, lora_checkpoint: str |
     LoRA comes from a file or from the folder of a PEFT adapter; if it is on query, key and value,
     the model's is put there, too. If no file holds LoRA matrices, the model keeps its own; with
     ``lora_required`` that is an error. Raises InputError that lists missing, unexpected and
-    misshapen weights, ten of each.
+    misshapen weights, three of each.
     """
     has_lora = False
     if init_checkpoint:
@@ -76,9 +79,18 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
     faults = [f"{len(names)} {what}: {_listed(names)}" for what, names in
               (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
     if faults:
+        rows = weights[EMBEDDING].shape[0] if EMBEDDING in weights else 0
+        if not missing and not unexpected and len(misshapen) == 1 and EMBEDDING in misshapen[0]:
+            raise InputError(f"{path}: its vocabulary has {rows} tokens, that of --model_card "
+                             f"{parameters[EMBEDDING].shape[0]}; for a resized vocabulary, keep "
+                             "its config.json beside it and give --model_card auto")
         remedy = "does --model_card fit the file?"
         if any("lora_" in name for name in missing + unexpected + misshapen):
             remedy = "do --model_card and --lora_dim fit the file?"
+        elif misshapen and all(tuple(parameters[name].shape) == weights[name].shape[::-1]
+                               for name in parameters if name in weights
+                               and tuple(parameters[name].shape) != weights[name].shape):
+            remedy = "these are transposed, as nanoGPT's; store c_attn, c_fc and c_proj (in, out)"
         raise InputError(f"{path}: {'; '.join(faults)}; {remedy}")
     for name, p in parameters.items():
         if name in weights:  # popped, so that no second copy of the whole model is in memory
@@ -86,23 +98,30 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
 
 
 def _listed(names: list[str]) -> str:
-    """The first ten of ``names``, at most 100 characters each, and the number of the others."""
-    others = f" and {len(names) - 10} others" if len(names) > 10 else ""
-    return ", ".join(name[:100] for name in names[:10]) + others
+    """The first three of ``names``, at most 100 characters each, and the number of the others."""
+    others = f" and {len(names) - LISTED} others" if len(names) > LISTED else ""
+    return ", ".join(name[:100] for name in names[:LISTED]) + others
 
 
-def save_model(model: GPT2LMModel, path: str | os.PathLike) -> None:
-    """Writes the whole model under the original's names; ``torch.load`` opens the file."""
+def save_model(model: GPT2LMModel, path: str | os.PathLike, about: str | None = None) -> None:
+    """Writes the whole model under the original's names; ``torch.load`` opens the file.
+
+    ``about`` is what the file says about itself, see about.describe.
+    """
     state = {name: p.data for name, p in model.named_parameters()}  # views of Jittor's memory
     state[HEAD_NAMES[1]] = state[EMBEDDING]
-    torch_file.save(path, {"model_state_dict": state})
+    _save(path, state, about)
 
 
-def save_lora(model: GPT2LMModel, path: str | os.PathLike) -> None:
+def save_lora(model: GPT2LMModel, path: str | os.PathLike, about: str | None = None) -> None:
     """Writes the LoRA matrices alone; ``--lora_checkpoint`` reads them, beside their base.
 
     Biases that came with the matrices stay with them.
     """
     state = {name: p.numpy() for name, p in model.named_parameters() if name in model.lora_biases}
     state.update({name: p.numpy() for name, p in lora.lora_state_dict(model).items()})
-    torch_file.save(path, {"model_state_dict": state})
+    _save(path, state, about)
+
+
+def _save(path: str | os.PathLike, state: dict[str, np.ndarray], about: str | None) -> None:
+    torch_file.save(path, {"model_state_dict": state, **({"about": about} if about else {})})

@@ -1,6 +1,10 @@
 """The model cards and LoRA's settings: plain data, importable without Jittor."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Mapping
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,26 @@ MODEL_CARDS = {
     "gpt2.md": GPT2Config(n_layer=24, n_embd=1024, n_head=16),
     "gpt2.lg": GPT2Config(n_layer=36, n_embd=1280, n_head=20),
 }
+
+
+def card_of(config: GPT2Config) -> str:
+    """The name of a model of these dimensions; if it has none, the dimensions in words."""
+    names = (name for name, card in MODEL_CARDS.items() if card == config)
+    return next(names, ", ".join(f"{key} {value}" for key, value in asdict(config).items()))
+
+
+def config_of(values: Mapping[str, Any]) -> GPT2Config:
+    """The dimensions in ``values``, by name; raises ValueError that names an impossible one."""
+    config = GPT2Config(**values)
+    for name, value in asdict(config).items():
+        if name != "layer_norm_epsilon" and (type(value) is not int or not 0 < value < 1 << 31):
+            raise ValueError(f"{name} is {str(value)[:50]}, no dimension of a model")
+    epsilon = config.layer_norm_epsilon
+    if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+        raise ValueError(f"layer_norm_epsilon is {str(epsilon)[:50]}, not above 0")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd is {config.n_embd}, no multiple of n_head {config.n_head}")
+    return config
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-import peft_adapter
-from config import MODEL_CARDS, LoRAConfig
+import about
+import weight_files
+from config import MODEL_CARDS, GPT2Config, LoRAConfig
 from runtime import backend, memory, processes
 from runtime.errors import Interrupted
 from runtime.flags import (
@@ -23,7 +24,9 @@ from runtime.flags import (
     add_resume_flag,
     at_least,
     between,
+    number,
     settings_of,
+    wrong,
 )
 from runtime.formats import write_jsonl
 from runtime.locks import exclusive
@@ -31,6 +34,7 @@ from runtime.progress import Progress, log
 from runtime.script import run
 from search_state import SearchState
 
+CARD = "gpt2.sm"  # the original's default
 END_OF_TEXT = 50256
 
 
@@ -45,16 +49,20 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
-    model.add_argument("--init_checkpoint", metavar="FILE", required=True,
-                       help="weights (.bin, .pt, .safetensors)")
+    model.add_argument("--model_card", choices=[*MODEL_CARDS, "auto"],
+                       help="size of GPT-2; auto: that of --init_checkpoint, which says it; none: "
+                            f"auto, or {CARD} if it does not")
+    model.add_argument("--init_checkpoint", metavar="PATH", required=True,
+                       help="weights: a file (.bin, .pt, .safetensors, .pkl), a Hugging Face "
+                            "folder or an index")
     model.add_argument("--lora_checkpoint", metavar="PATH",
                        help="LoRA matrices or the folder of a PEFT adapter, if --init_checkpoint "
                             "has only the base")
     model.add_argument("--lora_dim", type=at_least(0),
-                       help="LoRA's rank r; 0: no LoRA; none: an adapter's, else 0")
-    model.add_argument("--lora_alpha", type=at_least(0, float),
-                       help="LoRA's output is scaled by alpha / r; none: an adapter's, else 128")
+                       help="LoRA's rank r; 0: no LoRA; none: that of the checkpoint, or 0")
+    model.add_argument("--lora_alpha", type=at_least(0, number),
+                       help="LoRA's output is scaled by alpha / r; none: that of the checkpoint, "
+                            "or 128")
 
     search = parser.add_argument_group("beam search")
     search.add_argument("--beam", type=at_least(1), default=1, help="beams of a context")
@@ -75,18 +83,20 @@ def parse_args() -> argparse.Namespace:
     add_resume_flag(parser, "the search for --output_file that broke off")
     add_device_flag(parser)
     args = parser.parse_args()
-
-    config = MODEL_CARDS[args.model_card]
-    args.lora_dim, args.lora_alpha = peft_adapter.flags(
-        args.lora_checkpoint, config, args.lora_dim, args.lora_alpha)
     if args.seq_len <= args.eval_len:
         parser.error(f"--seq_len {args.seq_len} leaves no room for a context before --eval_len "
                      f"{args.eval_len} tokens")
-    if args.seq_len > config.n_positions:
-        parser.error(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
-    if args.beam > config.vocab_size:
-        parser.error(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
     return args
+
+
+def complete(args: argparse.Namespace) -> GPT2Config:
+    """Sets the flags that follow from the checkpoints; the model's dimensions."""
+    config = about.complete(args, CARD, log)
+    if args.seq_len > config.n_positions:
+        wrong(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
+    if args.beam > config.vocab_size:
+        wrong(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
+    return config
 
 
 # Flags that do not change the predictions: a search that is continued may differ in them.
@@ -112,13 +122,13 @@ def report_cuts(args: argparse.Namespace, samples: list[tuple[list[int], list[in
             f"{room + max(len(context) for context, _ in samples)} to cut none")
 
 
-def make_generator(args: argparse.Namespace):
+def make_generator(args: argparse.Namespace, config: GPT2Config):
     """The model with its weights, in the form that can only generate."""
     import checkpoint
     from generator import Generator
     from model import GPT2LMModel
 
-    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
+    model = GPT2LMModel(config, LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
     return Generator(model)  # when the model is dropped, its matrices are freed as they are packed
 
@@ -151,16 +161,16 @@ def search(args: argparse.Namespace, generator, distinct: list[tuple[int, ...]],
 
 def main() -> None:
     args = parse_args()
+    config = complete(args)
     backend.start(args.device)
     from dataset import FTDataset  # needs Jittor, see backend
 
-    card = MODEL_CARDS[args.model_card]
     data = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
-                     vocab_size=card.vocab_size, n_positions=card.n_positions)
+                     vocab_size=config.vocab_size, n_positions=config.n_positions)
     queries = data.queries()
     report_cuts(args, data.samples)
     distinct = sorted(dict.fromkeys(queries), key=len)
-    settings = settings_of(args, FREE_FLAGS, FILE_FLAGS)
+    settings = settings_of(args, FREE_FLAGS, FILE_FLAGS, weight_files.digest)
     processes.check_same({**vars(args), **settings})
     output = args.work_dir / args.output_file
     state = SearchState(args.work_dir, output, settings, log)
@@ -170,10 +180,10 @@ def main() -> None:
         return
     rows = min(args.batch_size, len(distinct)) * args.beam
     # the weights, keys and values of what is generated, logits
-    memory.require(4 * (card.weights + rows * (2 * card.n_layer * card.n_embd * args.eval_len
-                                               + card.vocab_size)),
+    memory.require(4 * (config.weights + rows * (2 * config.n_layer * config.n_embd * args.eval_len
+                                                 + config.vocab_size)),
                    "take a smaller --batch_size, --beam or --model_card")
-    generator = make_generator(args)
+    generator = make_generator(args, config)
     started = time.perf_counter()
     lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")
     with lock if processes.rank() == 0 else nullcontext():

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 
+import about
 import hf_export
 import peft_adapter
-from config import MODEL_CARDS, GPT2Config
+from config import MODEL_CARDS, GPT2Config, LoRAConfig, card_of
 from peft_adapter import Adapter, OurLoRA
 from runtime import torch_file
 from runtime.errors import InputError
-from runtime.flags import ArgumentParser, at_least, share
+from runtime.flags import ArgumentParser, at_least, number, share
 from runtime.folders import exported
 from runtime.progress import log
 from runtime.script import run
-from weights import EMBEDDING, Weights, lora_part, read_weights
+from weight_names import EMBEDDING
+from weights import Weights, lora_part, read_weights
+
+LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,19 +36,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--format", choices=["hf", "peft", "loralib"], required=True,
                         help="hf: the merged model for transformers; peft: the LoRA as an adapter; "
                              "loralib: the LoRA in lora.pt")
-    parser.add_argument("--init_checkpoint", metavar="FILE", required=True,
+    parser.add_argument("--init_checkpoint", metavar="PATH", required=True,
                         help="weights of the base or of the whole model")
-    parser.add_argument("--lora_checkpoint", metavar="FILE",
+    parser.add_argument("--lora_checkpoint", metavar="PATH",
                         help="LoRA matrices, or the folder of a PEFT adapter")
     parser.add_argument("--output_dir", metavar="DIR", type=Path, required=True,
                         help="a new folder; an earlier export of the same format is replaced")
     parser.add_argument("--model_card", choices=MODEL_CARDS,
-                        help="size of GPT-2; none: by the shapes of the weights")
+                        help="size of GPT-2; none: that of the file, or by the shapes")
     parser.add_argument("--lora_dim", type=at_least(1), help="LoRA's rank r; none: by its shapes")
-    parser.add_argument("--lora_alpha", type=at_least(0, float),
-                        help="the --lora_alpha of the training")
-    parser.add_argument("--lora_dropout", type=share, default=0.0,
-                        help="peft: the dropout for those who train on")
+    parser.add_argument("--lora_alpha", type=at_least(0, number),
+                        help="the --lora_alpha of the training; none: that of the file")
+    parser.add_argument("--lora_dropout", type=share, help="peft: for those who train on; none: "
+                        "that of the file, or 0")
     parser.add_argument("--base_model", metavar="HUB_ID",
                         help="peft: the base's name on the Hugging Face Hub, or its folder")
     parser.add_argument("--vocab", metavar="DIR", type=Path, default=Path("vocab"),
@@ -62,58 +65,69 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def config_of(weights: Weights, path: str, model_card: str | None) -> GPT2Config:
-    """The dimensions of a whole GPT-2 by its shapes; the number of heads is that of the card.
+def dimensions(args: argparse.Namespace, base: Weights) -> GPT2Config:
+    """The model's dimensions: those that a file says, else of the card that fits the shapes.
 
-    Raises InputError if weights are missing, unknown or misshapen, or if no card fits.
+    Raises InputError if there are none, if a flag contradicts its file, or if ``base`` is no whole
+    GPT-2 of them.
     """
-    found = [tuple(weights[name].shape) if name in weights else () for name in
-             (EMBEDDING, "transformer.wpe.weight")]
-    if any(len(shape) != 2 for shape in found):
-        raise InputError(f"{path}: holds no {EMBEDDING}, of (tokens, n_embd), or no "
-                         "transformer.wpe.weight; give a GPT-2 as --init_checkpoint")
-    (vocab_size, n_embd), (n_positions, _) = found
-    n_layer = len({match[1] for match in (re.match(r"transformer\.h\.(\d+)\.", name)
-                                          for name in weights) if match})
-    cards = {name: card for name, card in MODEL_CARDS.items()
-             if (card.n_layer, card.n_embd) == (n_layer, n_embd)}
-    if not cards or model_card not in (None, *cards):
-        raise InputError(f"{path}: {n_layer} layers of {n_embd} numbers, as in "
-                         f"{' and '.join(cards) or 'no --model_card'}"
-                         + f", not {model_card}" * bool(model_card))
-    card = cards[model_card] if model_card else next(iter(cards.values()))
-    config = replace(card, vocab_size=vocab_size, n_positions=n_positions)
-    for name, shape in hf_export.shapes(config).items():
-        if name not in weights or weights[name].shape != shape:
-            is_now = f"is {weights[name].shape}" if name in weights else "is missing"
-            raise InputError(f"{path}: {name} {is_now}, it should be {shape}; give a GPT-2 as "
-                             "--init_checkpoint")
+    path, embedding = args.init_checkpoint, base.get(EMBEDDING)
+    if embedding is None:
+        raise InputError(f"{path}: holds no {EMBEDDING}; give the base as --init_checkpoint")
+    n_layer = len({match[1] for match in map(LAYER.match, base) if match})
+    cards = [name for name, card in MODEL_CARDS.items()
+             if (card.n_layer, card.n_embd) == (n_layer, *embedding.shape[1:])]
+    if not cards and about.read(Path(path)).config is None:
+        raise InputError(f"{path}: {n_layer} layers with {EMBEDDING} {embedding.shape} are of no "
+                         "--model_card; keep the config.json of the weights beside them")
+    flags = argparse.Namespace(**vars(args))
+    if is_adapter(args.lora_checkpoint):  # some can be merged, though they have no rank and alpha
+        flags.lora_checkpoint = None
+    config = about.complete(flags, (cards or list(MODEL_CARDS))[0], log)
+    shapes = hf_export.shapes(config)
+    for name in sorted(shapes.keys() | base.keys()):
+        found, wanted = (str(known[name]) if name in known else "missing" for known in
+                         ({name: w.shape for name, w in base.items()}, shapes))
+        if found != wanted:
+            raise InputError(f"{path}: {name} is {found}, in {card_of(config)} it is {wanted}; "
+                             "does --model_card fit?")
     return config
+
+
+def is_adapter(path: str | None) -> bool:
+    return path is not None and peft_adapter.folder_of(path) is not None
 
 
 def read_lora(args: argparse.Namespace, weights: Weights) -> OurLoRA | Adapter | None:
     """The LoRA of --lora_checkpoint or, without it, that among ``weights``; None if there is none.
 
-    Raises InputError if a flag contradicts it, or if its alpha is not known.
+    Raises InputError if a flag contradicts it, or if nothing says its alpha.
     """
     path = args.lora_checkpoint or args.init_checkpoint
-    if args.lora_checkpoint and peft_adapter.folder_of(path):
+    if is_adapter(args.lora_checkpoint):
         if args.lora_dim or args.lora_alpha is not None:
-            raise InputError(f"{path}: is an adapter, which says its rank and alpha itself; leave "
-                             "--lora_dim and --lora_alpha out")
-        return peft_adapter.read(path)
+            raise InputError(f"{path}: an adapter says its rank and alpha itself; leave --lora_dim "
+                             "and --lora_alpha out")
+        adapter = peft_adapter.read(path)
+        if args.lora_dropout is None:
+            args.lora_dropout = adapter.dropout
+        return adapter
     lora = lora_part(read_weights(path) if args.lora_checkpoint else weights)
     if not lora:
         if args.lora_checkpoint:
             raise InputError(f"{path}: holds no LoRA matrices; give a model.STEP.pt of a training "
                              "with LoRA, or the folder of a PEFT adapter")
         return None
-    if args.lora_alpha is None:
-        raise InputError(f"{path}: give the --lora_alpha of its training")
-    found = peft_adapter.our_lora(lora, args.lora_alpha, path)
+    known = about.read(Path(path))
+    alpha = known.lora_alpha if args.lora_alpha is None else args.lora_alpha
+    if alpha is None:
+        raise InputError(f"{path}: does not say its alpha; give the --lora_alpha of its training")
+    found = peft_adapter.our_lora(lora, alpha, path)
     if args.lora_dim not in (None, found.r):
         raise InputError(f"{path}: its LoRA has rank {found.r}, not {args.lora_dim}; leave "
                          "--lora_dim out")
+    if args.lora_dropout is None:
+        args.lora_dropout = known.lora_dropout
     return found
 
 
@@ -142,21 +156,24 @@ def write_lora(folder: Path, args: argparse.Namespace, config: GPT2Config, base:
     if isinstance(lora, Adapter):
         lora = peft_adapter.as_lora(lora, config)
     peft_adapter.require_fit(peft_adapter.from_lora(lora, path), base)
+    dropout = args.lora_dropout or 0.0
     if args.format == "loralib":
-        torch_file.save(folder / "lora.pt", {"model_state_dict": lora.weights})
+        torch_file.save(folder / "lora.pt", {
+            "model_state_dict": lora.weights,
+            "about": about.describe(config, LoRAConfig(lora.r, lora.alpha, dropout), "", 0)})
     else:
-        peft_adapter.write(folder, lora, args.lora_dropout, args.base_model)
+        peft_adapter.write(folder, lora, dropout, args.base_model)
     return (f"LoRA of rank {lora.r} and alpha {lora.alpha:g} on "
             f"{peft_adapter.thirds(lora.enable)}")
 
 
 def main() -> None:
     args = parse_args()
-    with exported(args.output_dir, args.format, {}) as folder:
+    with exported(args.output_dir, args.format) as folder:
         weights = read_weights(args.init_checkpoint)
-        lora = read_lora(args, weights)
         base = {name: w for name, w in weights.items() if "lora_" not in name}
-        config = config_of(base, args.init_checkpoint, args.model_card)
+        config = dimensions(args, base)
+        lora = read_lora(args, weights)
         write = write_hf if args.format == "hf" else write_lora
         what = write(folder, args, config, base, lora)
     log(f"saved {args.output_dir}: {what}")

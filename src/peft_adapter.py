@@ -20,25 +20,18 @@ import math
 import os
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+import weight_files
 from config import GPT2Config
 from runtime.errors import InputError
-from weights import (
-    EMBEDDING,
-    HEAD_NAMES,
-    Weights,
-    lora_form,
-    parameter_name,
-    read_tensors,
-    write_safetensors,
-)
+from weight_names import EMBEDDING, HEAD_NAMES, parameter_name
+from weights import Weights, lora_form, write_safetensors
 
-CONFIG = "adapter_config.json"
-MODELS = ("adapter_model.safetensors", "adapter_model.bin")  # in PEFT's order
+CONFIG, *MODELS = weight_files.ADAPTER  # the files of matrices are in PEFT's order
 PREFIX = "base_model.model."
 MERGE = ("merge it into the base first: python src/gpt2_export.py --format hf --init_checkpoint "
          "BASE --lora_checkpoint {} --output_dir NEW")
@@ -113,7 +106,8 @@ class Adapter:
 
     path: str
     layers: dict[str, LowRank]
-    replaced: Weights = field(default_factory=dict)
+    replaced: Weights
+    dropout: float = 0.0  # on LoRA's input, for those who train on
 
 
 @dataclass
@@ -149,7 +143,9 @@ def read(path: str | os.PathLike) -> Adapter:
                          "adapter again")
     parts: dict[str, Weights] = {}
     replaced: Weights = {}
-    for key, value in read_tensors(file).items():
+    for key, value in weight_files.read(file).items():
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+            raise InputError(f"{file}: {key} is no tensor of numbers; save the adapter again")
         if not key.startswith(PREFIX):
             raise InputError(f"{file}: {key} does not begin with {PREFIX}, so PEFT would not load "
                              "it; save the adapter with PEFT's save_pretrained")
@@ -170,8 +166,11 @@ def read(path: str | os.PathLike) -> Adapter:
         target[name] = value
     if not parts:
         raise InputError(f"{file}: holds no LoRA matrices; save the adapter again")
+    dropout = config.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise InputError(f"{folder / CONFIG}: lora_dropout is no number in [0, 1)")
     return Adapter(str(folder), {layer: _layer(folder, config, layer, tensors)
-                                 for layer, tensors in parts.items()}, replaced)
+                                 for layer, tensors in parts.items()}, replaced, dropout)
 
 
 def _read_config(folder: Path) -> dict:
@@ -303,57 +302,57 @@ def as_lora(adapter: Adapter, config: GPT2Config) -> OurLoRA:
     of A serve one of them each, as :func:`write` writes it. Layers that it leaves out get zeros.
     Raises InputError for what only :func:`merge` can do, or if it does not fit ``config``.
     """
+    lora = in_its_layers(adapter)
+    C, groups = config.n_embd, sum(lora.enable)
+    pair = {"lora_A": (groups * lora.r, C), "lora_B": (groups * C, lora.r)}
+    shapes = {f"transformer.h.{n}.attn.c_attn.{name}": shape
+              for n in range(config.n_layer) for name, shape in pair.items()}
+    for name, w in lora.weights.items():
+        if shapes.get(name) != w.shape:
+            raise InputError(f"{adapter.path}: {name} is {w.shape} here, the model has "
+                             f"{config.n_layer} layers of {C} numbers; does --model_card fit?")
+    return replace(lora, weights={name: lora.weights.get(name, np.zeros(shape, np.float32))
+                                  for name, shape in shapes.items()})
+
+
+def in_its_layers(adapter: Adapter) -> OurLoRA:
+    """:func:`as_lora` for the layers that the adapter has, whatever the model."""
     for name in adapter.replaced:
         if name == EMBEDDING or name in HEAD_NAMES:
             raise _untied(adapter.path, f"another {name}")
         raise _merge_first(adapter, f"also holds {name}")
-    C, names = config.n_embd, [f"transformer.h.{n}.attn.c_attn" for n in range(config.n_layer)]
     for layer, low in adapter.layers.items():
         if not layer.endswith(".attn.c_attn"):
             raise _merge_first(adapter, f"has LoRA on {layer}, which here is on c_attn alone")
         if low.magnitude is not None or low.bias is not None:
             raise _merge_first(adapter, "uses DoRA or lora_bias")
-        if layer not in names or low.A.shape[1] != C or low.B.shape[0] != 3 * C:
-            raise InputError(f"{adapter.path}: lora_A of {layer} has {low.A.shape[1]} columns, the "
-                             f"model {C} and {config.n_layer} layers; does --model_card fit?")
-    top = max(adapter.layers.values(), key=lambda low: abs(low.scale))
-    R = max(low.rank for low in adapter.layers.values())
-    A = np.zeros((config.n_layer, R, C), np.float32)
-    B = np.zeros((config.n_layer, 3, C, R), np.float32)
-    for layer, low in adapter.layers.items():
-        n, own = names.index(layer), low.scale / abs(top.scale) if top.scale else 1.0
+    lows = list(adapter.layers.values())
+    C, R = lows[0].A.shape[1], max(low.rank for low in lows)
+    if any((low.A.shape[1], low.B.shape[0]) != (C, 3 * C) for low in lows):
+        raise InputError(f"{adapter.path}: its matrices are not of (R, C) and (3 C, R) with the "
+                         "same C in all layers; it is of another model")
+    top = max(lows, key=lambda low: abs(low.scale))
+    A = np.zeros((len(lows), R, C), np.float32)
+    B = np.zeros((len(lows), 3, C, R), np.float32)
+    for n, low in enumerate(lows):  # lower ranks are filled up, lower scales put into B
+        part = low.scale / abs(top.scale) if top.scale else 1.0
         A[n, :low.rank] = low.A
-        B[n, :, :, :low.rank] = (low.B * np.float64(own)).reshape(3, C, low.rank)
-    half, enable, r = R // 2, (True, True, True), R
+        B[n, :, :, :low.rank] = (low.B * np.float64(part)).reshape(3, C, low.rank)
+    enable, r, half = (True, True, True), R, R // 2
     if B.any() and not B[:, 1].any():
         enable = (True, False, True)
         if R % 2 == 0 and not B[:, 0, :, half:].any() and not B[:, 2, :, :half].any():
             r = half
-            A_parts, B_parts = [A[:, :r], A[:, r:]], [B[:, 0, :, :r], B[:, 2, :, r:]]
-    if r == R:  # one A serves all thirds
-        thirds = [third for third in range(3) if enable[third]]
+    thirds = np.flatnonzero(enable)
+    if r == half:
+        A_parts, B_parts = [A[:, :r], A[:, r:]], [B[:, 0, :, :r], B[:, 2, :, r:]]
+    else:  # one A serves all
         A_parts, B_parts = [A] * len(thirds), [B[:, third] for third in thirds]
     weights = {}
-    for n, name in enumerate(names):
+    for n, name in enumerate(adapter.layers):
         weights[f"{name}.lora_A"] = np.concatenate([part[n] for part in A_parts])
         weights[f"{name}.lora_B"] = np.concatenate([part[n] for part in B_parts])
     return OurLoRA(r, abs(top.alpha) * (r / top.rank), enable, weights)
-
-
-def flags(path: str | None, config: GPT2Config, lora_dim: int | None,
-          lora_alpha: float | None) -> tuple[int, float]:
-    """--lora_dim and --lora_alpha of a run: those of the adapter ``path``, if it is one.
-
-    Else those given; the defaults are 0 and 128. Raises InputError for others than the adapter's.
-    """
-    if not path or not folder_of(path):
-        return lora_dim or 0, 128 if lora_alpha is None else lora_alpha
-    found = as_lora(read(path), config)
-    if lora_dim not in (None, found.r) or lora_alpha is not None \
-            and not math.isclose(lora_alpha, found.alpha, rel_tol=1e-5):  # printed, it has 6 digits
-        raise InputError(f"{path}: has --lora_dim {found.r} and --lora_alpha {found.alpha:g}; give "
-                         "these, or leave both flags out")
-    return found.r, found.alpha
 
 
 def _merge_first(adapter: Adapter, what: str) -> InputError:

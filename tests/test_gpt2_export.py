@@ -139,11 +139,12 @@ def test_model_card_names_only_a_base_of_the_hub(base, lora, tmp_path):
 def test_loralib_is_a_file_of_matrices(base, whole, lora, tmp_path, torch_side):
     assert export("loralib", whole, tmp_path / "out", "--lora_alpha", 5)[0] == 0
     found = torch_side("load", path=str(tmp_path / "out/lora.pt"))
-    assert found.keys() == {f"model_state_dict/{name}" for name in random_lora().weights}
+    assert found.keys() == {"about", *(f"model_state_dict/{name}" for name in
+                                       random_lora().weights)}
     for name, a in random_lora().weights.items():
         assert np.array_equal(found[f"model_state_dict/{name}"], a)
-    assert export("hf", base, tmp_path / "a", "--lora_alpha", 5, lora=tmp_path / "out/lora.pt"
-                  )[0] == 0
+    code, said = export("hf", base, tmp_path / "a", lora=tmp_path / "out/lora.pt")
+    assert code == 0, said  # it says its alpha
     assert export("hf", base, tmp_path / "b", "--lora_alpha", 5, lora=lora)[0] == 0
     assert (tmp_path / "a/model.safetensors").read_bytes() == \
         (tmp_path / "b/model.safetensors").read_bytes()
@@ -152,8 +153,11 @@ def test_loralib_is_a_file_of_matrices(base, whole, lora, tmp_path, torch_side):
 def test_an_adapter_goes_through_all_formats(base, lora, tmp_path):
     """lora.pt -> adapter -> lora.pt: the same bytes; the adapter merged: the same model."""
     adapter = tmp_path / "adapter"
-    assert export("peft", base, adapter, "--lora_alpha", 5, lora=lora)[0] == 0
+    assert export("peft", base, adapter, "--lora_alpha", 5, "--lora_dropout", 0.2, lora=lora
+                  )[0] == 0
     assert export("peft", base, tmp_path / "again", lora=adapter)[0] == 0
+    for folder in (adapter, tmp_path / "again"):
+        assert json.loads((folder / "adapter_config.json").read_text())["lora_dropout"] == 0.2
     assert (tmp_path / "again/adapter_model.safetensors").read_bytes() == \
         (adapter / "adapter_model.safetensors").read_bytes()
     assert export("loralib", base, tmp_path / "file", lora=adapter)[0] == 0
@@ -221,11 +225,11 @@ def test_an_error_leaves_the_earlier_export(whole, tmp_path):
     assert export("hf", whole, tmp_path / "out", "--lora_alpha", 5)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert export("hf", whole, tmp_path / "out")[0] == 1  # alpha is missing
-    with pytest.raises(ZeroDivisionError), exported(tmp_path / "out", "hf", {}) as folder:
+    with pytest.raises(ZeroDivisionError), exported(tmp_path / "out", "hf") as folder:
         (folder / "config.json").write_text("half of")
         raise ZeroDivisionError
     with pytest.raises(InputError, match="cannot be written: No space left"), \
-            exported(tmp_path / "out", "hf", {}) as folder:
+            exported(tmp_path / "out", "hf") as folder:
         raise OSError(28, "No space left on device")
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
@@ -234,25 +238,25 @@ def test_an_error_leaves_the_earlier_export(whole, tmp_path):
 def test_a_killed_export_leaves_nothing_for_long(root, tmp_path):
     """What a killed process has left is removed by the next; what a running one writes is not."""
     script = ("import sys, time; sys.path.insert(0, 'src'); from runtime.folders import exported\n"
-              f"with exported({str(tmp_path / 'out')!r}, 'hf', {{}}):\n"
+              f"with exported({str(tmp_path / 'out')!r}, 'hf'):\n"
               "    print('in', flush=True)\n    time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"in\n"
-    with exported(tmp_path / "out", "hf", {}):
+    with exported(tmp_path / "out", "hf"):
         assert len(list(tmp_path.glob(".out.*.part"))) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     assert len(list(tmp_path.glob(".out.*.part"))) == 1
-    with exported(tmp_path / "out", "hf", {}):
+    with exported(tmp_path / "out", "hf"):
         assert len(list(tmp_path.glob(".out.*.part"))) == 1
     assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("kind, flags, reason", [
     ("hf", ["--lora_alpha", 5, "--lora_dim", 4], "model.9.pt: its LoRA has rank 3, not 4"),
-    ("hf", [], "model.9.pt: give the --lora_alpha of its training"),
-    ("hf", ["--lora_alpha", 5, "--model_card", "gpt2.sm"], "as in gpt2.nano, not gpt2.sm"),
+    ("hf", [], "model.9.pt: does not say its alpha; give the --lora_alpha"),
+    ("hf", ["--lora_alpha", 5, "--model_card", "gpt2.sm"], "does --model_card fit?"),
     ("hf", ["--lora_alpha", 5, "--lora_checkpoint", "{}/none"], "none: no such file"),
     ("peft", ["--lora_alpha", 5, "--lora_checkpoint", "{}/base.pt"], "holds no LoRA matrices"),
     ("peft", ["--lora_alpha", 5, "--lora_checkpoint", "{}/wide.pt"], "is for transformer.h.0"),
@@ -280,7 +284,7 @@ def test_incomplete_base(tmp_path):
     del weights["transformer.h.1.mlp.c_fc.bias"]
     torch_file.save(tmp_path / "base.pt", {"model_state_dict": weights})
     code, said = export("hf", tmp_path / "base.pt", tmp_path / "out")
-    assert code == 1 and "transformer.h.1.mlp.c_fc.bias is missing, it should be (128,)" in said
+    assert code == 1 and "h.1.mlp.c_fc.bias is missing, in gpt2.nano it is (128,)" in said
 
 
 @pytest.mark.parametrize("flags", [

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from conftest import run_main, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import about
 import peft_adapter
 from config import GPT2Config
 from peft_adapter import OurLoRA
@@ -397,16 +399,24 @@ def test_what_is_a_folder_of_an_adapter(interop, tmp_path):
         peft_adapter.read(tmp_path)
 
 
-def test_flags(interop):
+def complete(adapter, r=None, alpha=None):
+    """The flags of a script by about.complete."""
+    args = Namespace(init_checkpoint=None, lora_checkpoint=str(adapter), model_card="gpt2.nano",
+                     lora_dim=r, lora_alpha=alpha)
+    about.complete(args, "gpt2.sm", lambda line: None)
+    return args.lora_dim, args.lora_alpha
+
+
+def test_flags_are_the_adapters(interop):
     adapter = interop / "no_key_rslora_r3"
-    assert peft_adapter.flags(None, TINY, None, None) == (0, 128)
-    assert peft_adapter.flags("model.5.pt", TINY, 4, 0.5) == (4, 0.5)
-    found = peft_adapter.flags(adapter, TINY, None, None)
-    assert found == (3, pytest.approx(16 * 3 ** 0.5))
-    assert peft_adapter.flags(adapter, TINY, 3, 27.7128) == found
-    for wrong in ((4, None), (None, 16)):
-        with pytest.raises(InputError, match="has --lora_dim 3 and --lora_alpha 27.7128"):
-            peft_adapter.flags(adapter, TINY, *wrong)
+    found = complete(adapter)
+    assert found == (3, pytest.approx(16 * 3 ** 0.5)) == complete(adapter, *found)
+    with pytest.raises(InputError, match="with --lora_dim 3, not 4"):
+        complete(adapter, r=4)
+    with pytest.raises(InputError, match=r"with --lora_alpha 27.7128\d*, not 16"):
+        complete(adapter, alpha=16)
+    with pytest.raises(InputError, match="merge it into the base first"):
+        complete(interop / "dora")
 
 
 # In our model
@@ -434,7 +444,7 @@ def last_logits(model, ids):
 @pytest.mark.parametrize("name", [n for n in CASES if n not in REFUSED and n not in MERGED_ONLY])
 def test_model_with_an_adapter(interop, expected, filled, name):
     _, ids, truth = expected
-    model = filled(interop / name, *peft_adapter.flags(interop / name, TINY, None, None))
+    model = filled(interop / name, *complete(interop / name))
     found = last_logits(model, ids)
     assert np.abs(found - truth[name]).max() < 5e-6 < 0.1 < np.abs(found - truth["base"]).max()
 
@@ -540,7 +550,7 @@ def test_scripts_take_adapters(tiny, tmp_path):
     assert weights["transformer.h.1.attn.c_attn.lora_A"].shape == (3 * rank, C)
     assert train("tuned", *use, "--resume") == (0, "")  # it has ended
     code, said = train("tuned", *use, "--lora_dim", rank + 1)
-    assert code == 1 and f"has --lora_dim {rank} and --lora_alpha" in said
+    assert code == 1 and f"with --lora_dim {rank}, not {rank + 1}" in said
 
     def search(name, *flags):
         code, said = run_main(gpt2_beam.main, [
@@ -550,7 +560,7 @@ def test_scripts_take_adapters(tiny, tmp_path):
         assert code == 0, said
         return (tmp_path / name).read_text()
 
-    flags = peft_adapter.flags(adapter, GPT2Config(2, C, 2, 97, 32), None, None)
+    flags = complete(adapter)
     last = search("last.jsonl", "--init_checkpoint", tmp_path / "tuned/model.4.pt",
                   "--lora_dim", flags[0], "--lora_alpha", flags[1])
     exports = [["--format", "peft", "--output_dir", tmp_path / "again"],

@@ -17,11 +17,11 @@ RECORD = "export.json"  # says what kind of export a folder is and which files i
 
 
 @contextmanager
-def exported(path: str | os.PathLike, kind: str, record: dict) -> Iterator[Path]:
+def exported(path: str | os.PathLike, kind: str) -> Iterator[Path]:
     """A new folder that becomes ``path`` when the block ends without an exception.
 
-    It is filled beside ``path`` under another name and gets a file export.json: ``record``, the
-    kind of export and the names of the files. What was at ``path`` before is replaced if it is an
+    It is filled beside ``path`` under another name and gets a file export.json: the kind
+    of export and the names of the files. What was at ``path`` before is replaced if it is an
     empty folder or an export of the same kind with no other files in it. Only a crash just between
     two renamings leaves no folder ``path``; the old one then is ``.NAME.HEX.old``. Raises
     InputError if there is something else, or if the folder cannot be written.
@@ -40,7 +40,7 @@ def exported(path: str | os.PathLike, kind: str, record: dict) -> Iterator[Path]
         yield folder
         files = sorted([*os.listdir(folder), RECORD])
         (folder / RECORD).write_text(
-            json.dumps({"format": kind, **record, "files": files}, indent=2) + "\n", "ascii")
+            json.dumps({"format": kind, "files": files}, indent=2) + "\n", "ascii")
         for name in files:
             (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors 0.8 gives 0600
             with open(folder / name, "rb") as file:

@@ -215,6 +215,7 @@ def _layer(folder: Path, config: dict, layer: str, tensors: Weights) -> LowRank:
     alpha, enable = _alpha(folder, config, layer), config.get("enable_lora")
     if enable:  # PEFT up to 0.2: as in loralib
         try:
+            enable = tuple(map(bool, enable))
             B = B.reshape(len(B), -1)  # it was a convolution's, (G C, r, 1)
             if len(A) != sum(enable) * B.shape[1]:
                 raise ValueError
@@ -224,8 +225,9 @@ def _layer(folder: Path, config: dict, layer: str, tensors: Weights) -> LowRank:
                              ) from None
         alpha *= groups
     outputs = [("lora_B", B, 2), ("lora_B.bias", bias, 1), ("lora_magnitude_vector", magnitude, 1)]
-    if A.ndim != 2 or not A.size or A.shape[0] != B.shape[-1] or any(
-            t is not None and (t.ndim != ndim or len(t) != len(B)) for _, t, ndim in outputs):
+    if A.ndim != 2 or any(t is not None and t.ndim != ndim for _, t, ndim in outputs) \
+            or not A.size or A.shape[0] != B.shape[1] \
+            or any(t is not None and len(t) != len(B) for _, t, _ in outputs):
         shapes = [f"{name} {t.shape}" for name, t, _ in [("lora_A", A, 2), *outputs]
                   if t is not None]
         raise InputError(f"{folder}: {layer} has {', '.join(shapes)}, which do not fit each other")

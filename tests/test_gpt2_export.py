@@ -16,6 +16,7 @@ from conftest import run_main
 from test_peft_adapter import IDS, TINY, logits, with_lora
 
 import gpt2_export
+from config import GPT2Config
 from peft_adapter import OurLoRA
 from runtime import torch_file
 from runtime.errors import InputError
@@ -269,6 +270,60 @@ def test_wrong_inputs(whole, base, tmp_path, kind, flags, reason):
                         *(str(flag).format(tmp_path) for flag in flags))
     assert code == 1 and reason in said and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_checkpoint_says_of_itself(tmp_path):
+    """Its alpha, rank, dropout and dimensions; a flag that contradicts it is an error."""
+    import about
+    from config import LoRAConfig
+
+    config = GPT2Config(2, 32, 8, 61, 24)  # of no card: eight heads
+    weights = {**random_weights(), **random_lora().weights}
+    torch_file.save(tmp_path / "model.9.pt", {
+        "model_state_dict": weights,
+        "about": about.describe(config, LoRAConfig(3, 5.0, 0.25), "e2e", 9)})
+    whole = tmp_path / "model.9.pt"
+    assert export("hf", whole, tmp_path / "hf")[0] == 0
+    wanted = logits(with_lora(random_lora(), random_weights()), IDS, n_head=8)
+    assert np.abs(logits(opened(tmp_path / "hf"), IDS, n_head=8) - wanted).max() < 1e-5
+    assert json.loads((tmp_path / "hf/config.json").read_text())["n_head"] == 8
+    assert export("peft", whole, tmp_path / "peft")[0] == 0
+    adapter = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (6, 10, 0.25)
+    for flags, reason in ((["--lora_alpha", 4], "--lora_alpha 5"), (["--lora_dim", 4], "--lora_dim"
+                          " 3"), (["--model_card", "gpt2.nano"], "not gpt2.nano")):
+        code, said = export("hf", whole, tmp_path / "no", *flags)
+        assert code == 1 and reason in said and len(said.splitlines()) == 1
+        assert not (tmp_path / "no").exists()
+
+    # the folder again as a base, which says its heads, with the adapter in it
+    assert export("hf", tmp_path / "hf", tmp_path / "twice", lora=tmp_path / "peft")[0] == 0
+    assert json.loads((tmp_path / "twice/config.json").read_text())["n_head"] == 8
+    once, twice = opened(tmp_path / "hf"), opened(tmp_path / "twice")
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert np.allclose(twice[name] - once[name], once[name] - random_weights()[name], atol=1e-6)
+
+
+def test_what_can_only_be_merged(base, tmp_path):
+    """LoRA on another layer: hf merges it, peft and loralib name the remedy."""
+    random, adapter = np.random.default_rng(0), tmp_path / "adapter"
+    adapter.mkdir()
+    key = "base_model.model.transformer.h.0.mlp.c_fc.lora_{}.weight"
+    matrices = {key.format("A"): random.normal(size=(2, 32)).astype(np.float32),
+                key.format("B"): random.normal(size=(128, 2)).astype(np.float32)}
+    safetensors.numpy.save_file(matrices, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 3}')
+    assert export("hf", base, tmp_path / "out", lora=adapter)[0] == 0
+    name = "transformer.h.0.mlp.c_fc.weight"
+    change = opened(tmp_path / "out")[name] - random_weights()[name]
+    A, B = matrices.values()
+    assert np.allclose(change, 1.5 * (B @ A).T, atol=1e-5)
+    for kind in ("peft", "loralib"):
+        code, said = export(kind, base, tmp_path / "no", lora=adapter)
+        assert code == 1 and "src/gpt2_export.py --format hf" in said and "c_fc" in said
+    for flags in (["--lora_dim", 2], ["--lora_alpha", 3]):
+        code, said = export("hf", base, tmp_path / "no", *flags, lora=adapter)
+        assert code == 1 and "says its rank and alpha itself" in said
 
 
 def test_no_lora(base, lora, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -397,6 +398,35 @@ def test_what_is_a_folder_of_an_adapter(interop, tmp_path):
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(InputError, match="adapter_config.json: not a JSON object"):
         peft_adapter.read(tmp_path)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+                    lambda inner: st.lists(inner, max_size=3)
+                    | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=4)
+READ_KEYS = ["peft_type", "init_lora_weights", "lora_alpha", "alpha_pattern", "use_rslora",
+             "use_dora", "lora_bias", "lora_dropout", "enable_lora", "r", "target_modules", "other"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(READ_KEYS), JSON, min_size=1, max_size=2),
+       cut=st.none() | st.tuples(st.integers(0, 20000), st.binary(min_size=1, max_size=4)),
+       shape=st.none() | st.lists(st.integers(0, 5), max_size=3))
+def test_damaged_adapters(tmp_path_factory, interop, base, changes, cut, shape):
+    """Whatever is in its files, an adapter is read or refused with an InputError."""
+    folder = config_with(interop, tmp_path_factory.mktemp("it") / "adapter", **changes)
+    path = folder / "adapter_model.safetensors"
+    if shape is not None:
+        tensors = safetensors.numpy.load_file(path)
+        key = KEY if sum(shape) % 2 else KEY.replace("lora_A", "lora_B")
+        safetensors.numpy.save_file({**tensors, key: np.ones(shape, np.float32)}, path)
+    if cut:
+        data = bytearray(path.read_bytes())
+        data[cut[0]:cut[0] + len(cut[1])] = cut[1]
+        path.write_bytes(data)
+    for use in (lambda adapter: peft_adapter.as_lora(adapter, TINY),
+                lambda adapter: peft_adapter.merge(adapter, base)):
+        with contextlib.suppress(InputError), np.errstate(all="ignore"):
+            use(peft_adapter.read(folder))
 
 
 def complete(adapter, r=None, alpha=None):

@@ -47,17 +47,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora_dim", type=at_least(1), help="LoRA's rank r; none: by its shapes")
     parser.add_argument("--lora_alpha", type=at_least(0, number),
                         help="the --lora_alpha of the training; none: that of the file")
-    parser.add_argument("--lora_dropout", type=share, help="peft: for those who train on; none: "
-                        "that of the file, or 0")
+    parser.add_argument("--lora_dropout", type=share, help="peft, loralib: that of the training; "
+                        "none: that of the file, or 0")
     parser.add_argument("--base_model", metavar="HUB_ID",
                         help="peft: the base's name on the Hugging Face Hub, or its folder")
-    parser.add_argument("--vocab", metavar="DIR", type=Path, default=Path("vocab"),
-                        help="hf: folder of encoder.json and vocab.bpe")
+    parser.add_argument("--vocab", metavar="DIR", type=Path,
+                        help="hf: folder of encoder.json and vocab.bpe; none: vocab")
     args = parser.parse_args()
-    if args.base_model and args.format != "peft":
-        parser.error(f"--base_model does nothing with --format {args.format}")
-    if args.lora_dropout and args.format != "peft":
-        parser.error(f"--lora_dropout does nothing with --format {args.format}")
+    for flag, kinds in (("base_model", ["peft"]), ("lora_dropout", ["peft", "loralib"]),
+                        ("vocab", ["hf"])):
+        if getattr(args, flag) is not None and args.format not in kinds:
+            parser.error(f"--{flag} does nothing with --format {args.format}")
     output = args.output_dir.resolve()
     for path in filter(None, (args.init_checkpoint, args.lora_checkpoint)):
         if output in (Path(path).resolve(), *Path(path).resolve().parents):
@@ -82,15 +82,14 @@ def dimensions(args: argparse.Namespace, base: Weights) -> GPT2Config:
                          "--model_card; keep the config.json of the weights beside them")
     flags = argparse.Namespace(**vars(args))
     if is_adapter(args.lora_checkpoint):  # some can be merged, though they have no rank and alpha
-        flags.lora_checkpoint = None
+        flags.lora_checkpoint, flags.lora_dim = None, 0
     config = about.complete(flags, (cards or list(MODEL_CARDS))[0], log)
-    shapes = hf_export.shapes(config)
-    for name in sorted(shapes.keys() | base.keys()):
-        found, wanted = (str(known[name]) if name in known else "missing" for known in
-                         ({name: w.shape for name, w in base.items()}, shapes))
-        if found != wanted:
-            raise InputError(f"{path}: {name} is {found}, in {card_of(config)} it is {wanted}; "
-                             "does --model_card fit?")
+    shapes, found = hf_export.shapes(config), {name: w.shape for name, w in base.items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        if found.get(name) != shapes.get(name):
+            raise InputError(f"{path}: {name} is {found.get(name, 'missing')}, in "
+                             f"{card_of(config)} it is {shapes.get(name, 'missing')}; does "
+                             "--model_card fit?")
     return config
 
 
@@ -114,7 +113,7 @@ def read_lora(args: argparse.Namespace, weights: Weights) -> OurLoRA | Adapter |
         return adapter
     lora = lora_part(read_weights(path) if args.lora_checkpoint else weights)
     if not lora:
-        if args.lora_checkpoint:
+        if args.lora_checkpoint or args.lora_dim or args.lora_alpha is not None:
             raise InputError(f"{path}: holds no LoRA matrices; give a model.STEP.pt of a training "
                              "with LoRA, or the folder of a PEFT adapter")
         return None
@@ -142,7 +141,7 @@ def write_hf(folder: Path, args: argparse.Namespace, config: GPT2Config, base: W
     what = "the model, LoRA merged into it" if lora else "the model, which has no LoRA"
     if config.vocab_size < hf_export.VOCABULARY:
         return f"{what}; no tokenizer, because its vocabulary is not GPT-2's"
-    hf_export.write_tokenizer(folder, args.vocab, config.n_positions)
+    hf_export.write_tokenizer(folder, args.vocab or Path("vocab"), config.n_positions)
     return what
 
 

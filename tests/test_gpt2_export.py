@@ -327,8 +327,8 @@ def test_what_can_only_be_merged(base, tmp_path):
 
 
 def test_no_lora(base, lora, tmp_path):
-    for kind in ("peft", "loralib"):
-        code, said = export(kind, base, tmp_path / "out")
+    for kind, *flags in (["peft"], ["loralib"], ["hf", "--lora_alpha", 5], ["hf", "--lora_dim", 3]):
+        code, said = export(kind, base, tmp_path / "out", *flags)
         assert code == 1 and "base.pt: holds no LoRA matrices" in said
     code, said = export("hf", lora, tmp_path / "out", "--lora_alpha", 5)
     assert code == 1 and "model.5.pt: holds no transformer.wte.weight" in said
@@ -344,7 +344,7 @@ def test_incomplete_base(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--format", "gguf"], ["--format", "hf", "--base_model", "x/y"],
-    ["--format", "loralib", "--lora_dropout", "0.1"], ["--format", "hf", "--lora_dim", "0"],
+    ["--format", "hf", "--lora_dropout", "0.1"], ["--format", "peft", "--vocab", "vocab"], ["--format", "hf", "--lora_dim", "0"],
     ["--format", "hf", "--lora_alpha", "-1"], ["--format", "hf", "--output_dir", "."]])
 def test_wrong_flags(flags, base, monkeypatch):
     monkeypatch.chdir(base.parent)

@@ -24,7 +24,7 @@ IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model
              "pytorch_model.bin.index.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 ENDINGS = (".pt", ".pth", ".pkl", ".bin", ".safetensors")
-OTHER_ENDINGS = (".h5", ".msgpack", ".gguf", ".onnx", ".ot")  # of TensorFlow, Flax and others
+OTHER_ENDINGS = (".h5", ".msgpack", ".gguf", ".onnx")  # of TensorFlow, Flax and others
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 JSON_LIMIT = 4 << 20  # bytes of an index or a config.json
 # The types of numbers in safetensors as torch_file.to_array calls them.
@@ -163,7 +163,8 @@ def explained(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; check the path"
                          ) from None
     except torch_file.TorchFileError as error:
-        raise InputError(f"{path}: {_kind(path) or f'{error}; fetch or save it again'}") from None
+        remedy = "save its state_dict" if "it asks for" in str(error) else "fetch or save it again"
+        raise InputError(f"{path}: {_kind(path) or f'{error}; {remedy}'}") from None
 
 
 def _kind(path: Path) -> str | None:

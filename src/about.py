@@ -71,7 +71,8 @@ def _parsed(note: str, path: Path) -> About | None:
         else:
             return None
         dim, alpha = entry["lora_dim"], entry["lora_alpha"]
-        if type(dim) is not int or type(alpha) not in (int, float) or not 0 <= dim < 1 << 20:
+        if type(dim) is not int or type(alpha) not in (int, float) \
+                or not (0 <= dim < 1 << 20 and 0 <= alpha < 1e30):
             return None
         return About(path, config, dim, alpha)
     except (ValueError, LookupError, TypeError, RecursionError):

@@ -127,6 +127,7 @@ def test_files_that_say_nothing(complete, write, tmp_path):
     good = json.loads(about.describe(NANO, LoRAConfig(4, 32), "e2e", 7))
     for entry in ("a model", "[" * 9000, [], 1, {}, {"version": 1}, {**good, "version": "1"},
                   {**good, "lora_dim": "4"}, {**good, "lora_dim": -4}, {**good, "lora_alpha": [1]},
+                  {**good, "lora_alpha": float("nan")}, {**good, "lora_alpha": float("inf")},
                   {**good, "config": {**good["config"], "n_head": 3}}, {**good, "config": None}):
         assert complete(write("odd.pt", entry=entry)) == nothing
     assert complete(write("odd.pt"), write("odd.safetensors", entry="{"))[:3] == (

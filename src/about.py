@@ -18,7 +18,6 @@ import peft_adapter
 import weight_files
 from config import MODEL_CARDS, GPT2Config, LoRAConfig, card_of, config_of
 from runtime.errors import InputError
-from runtime.flags import wrong
 
 VERSION = 1  # of the entry; a reader must know it
 LORA_DEFAULTS = {"lora_dim": 0, "lora_alpha": 128}  # the original's
@@ -77,7 +76,8 @@ def _parsed(note: str, path: Path) -> About | None:
         else:
             return None
         dim, alpha = entry["lora_dim"], entry["lora_alpha"]
-        if type(dim) is not int or type(alpha) not in (int, float) or not 0 <= dim < 1 << 20:
+        if type(dim) is not int or type(alpha) not in (int, float) \
+                or not (0 <= dim < 1 << 20 and 0 <= alpha < 1e30):
             return None
         dropout = entry.get("lora_dropout", 0)
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
@@ -115,9 +115,8 @@ def _complete_card(args: argparse.Namespace, default: str, known: list[tuple[Pat
     given = None if args.model_card == "auto" else args.model_card
     if not known:
         if args.model_card == "auto":
-            wrong("--model_card auto: " + (
-                f"neither {args.init_checkpoint} nor a config.json beside it says the dimensions"
-                if args.init_checkpoint else "there is no --init_checkpoint to take them from"))
+            raise InputError(f"{args.init_checkpoint}: neither this file nor a config.json beside "
+                             "it says the model's dimensions; name them by --model_card")
         args.model_card = given or default
         return MODEL_CARDS[args.model_card]
     (path, config), (other_path, other) = known[0], known[-1]

@@ -96,6 +96,9 @@ def complete(args: argparse.Namespace) -> GPT2Config:
         wrong(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
     if args.beam > config.vocab_size:
         wrong(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
+    if config.vocab_size <= END_OF_TEXT and args.eos_token_id == [END_OF_TEXT]:
+        log(f"the vocabulary has {config.vocab_size} tokens and no {END_OF_TEXT}: every text will "
+            "have --eval_len tokens; give an end token by --eos_token_id")
     return config
 
 

@@ -112,6 +112,8 @@ def parse_args() -> argparse.Namespace:
     add_device_flag(parser)
     args = parser.parse_args()
 
+    if args.model_card == "auto" and not args.init_checkpoint:
+        parser.error("--model_card auto: there is no --init_checkpoint to take it from")
     if args.max_epoch is None and args.max_step is None and args.scheduler != "cycle":
         parser.error("give --max_epoch or --max_step")
     try:

@@ -24,8 +24,8 @@ IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model
              "pytorch_model.bin.index.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 ENDINGS = (".pt", ".pth", ".pkl", ".bin", ".safetensors")
-OTHER_ENDINGS = (".h5", ".msgpack", ".gguf", ".onnx", ".ot")  # of TensorFlow, Flax and others
-SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
+OTHER_ENDINGS = (".h5", ".msgpack", ".gguf", ".onnx")  # of TensorFlow, Flax and others
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.safetensors|\.bin)")
 JSON_LIMIT = 4 << 20  # bytes of an index or a config.json
 # The types of numbers in safetensors as torch_file.to_array calls them.
 SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F64": "<f8", "BOOL": "?",
@@ -77,7 +77,7 @@ def locate(path: Path) -> Path:
     remedy = (f"give one of its files, e.g. {path / ours[0]}" if ours else
               f"{others[0]} is of another program, save it with transformers" if others else
               "GPT-2's come with bash download_pretrained_checkpoints.sh")
-    raise InputError(f"{path}: a folder without {' or '.join(IN_FOLDER[::2])}; {remedy}")
+    raise InputError(f"{path}: a folder without model.safetensors or pytorch_model.bin; {remedy}")
 
 
 def digest(path: Path) -> str:
@@ -163,7 +163,8 @@ def explained(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}; check the path"
                          ) from None
     except torch_file.TorchFileError as error:
-        raise InputError(f"{path}: {_kind(path) or f'{error}; fetch or save it again'}") from None
+        remedy = "save its state_dict" if "it asks for" in str(error) else "fetch or save it again"
+        raise InputError(f"{path}: {_kind(path) or f'{error}; {remedy}'}") from None
 
 
 def _kind(path: Path) -> str | None:

@@ -127,6 +127,7 @@ def test_files_that_say_nothing(complete, write, tmp_path):
     good = json.loads(about.describe(NANO, LoRAConfig(4, 32), "e2e", 7))
     for entry in ("a model", "[" * 9000, [], 1, {}, {"version": 1}, {**good, "version": "1"},
                   {**good, "lora_dim": "4"}, {**good, "lora_dim": -4}, {**good, "lora_alpha": [1]},
+                  {**good, "lora_alpha": float("nan")}, {**good, "lora_alpha": float("inf")},
                   {**good, "config": {**good["config"], "n_head": 3}}, {**good, "config": None}):
         assert complete(write("odd.pt", entry=entry)) == nothing
     assert complete(write("odd.pt"), write("odd.safetensors", entry="{"))[:3] == (
@@ -166,12 +167,10 @@ def test_an_entry_counts_more_than_a_config_beside_it(complete, write, tmp_path)
     assert complete(write("model.200.pt"))[3] == NANO
 
 
-def test_auto_needs_someone_who_knows(complete, tmp_path, capsys):
+def test_auto_needs_a_file_that_knows(complete, tmp_path):
     torch_file.save(tmp_path / "old.pt", {"model_state_dict": {}})
-    for path, message in ((None, "there is no --init_checkpoint to take them from"),
-                          (tmp_path / "old.pt", "nor a config.json beside it says the dimensions")):
-        with pytest.raises(SystemExit) as end:
-            complete(path, card="auto")
-        assert end.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(InputError, match="old.pt: neither this file nor a config.json beside it "
+                                         "says the model's dimensions; name them by --model_card"):
+        complete(tmp_path / "old.pt", card="auto")
     with pytest.raises(InputError, match="none.pt: no such file; "):
         complete(tmp_path / "none.pt")

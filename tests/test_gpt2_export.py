@@ -344,7 +344,8 @@ def test_incomplete_base(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--format", "gguf"], ["--format", "hf", "--base_model", "x/y"],
-    ["--format", "hf", "--lora_dropout", "0.1"], ["--format", "peft", "--vocab", "vocab"], ["--format", "hf", "--lora_dim", "0"],
+    ["--format", "hf", "--lora_dropout", "0.1"], ["--format", "peft", "--vocab", "vocab"],
+    ["--format", "hf", "--lora_dim", "0"],
     ["--format", "hf", "--lora_alpha", "-1"], ["--format", "hf", "--output_dir", "."]])
 def test_wrong_flags(flags, base, monkeypatch):
     monkeypatch.chdir(base.parent)

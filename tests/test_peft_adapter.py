@@ -407,7 +407,7 @@ READ_KEYS = ["peft_type", "init_lora_weights", "lora_alpha", "alpha_pattern", "u
              "use_dora", "lora_bias", "lora_dropout", "enable_lora", "r", "target_modules", "other"]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(READ_KEYS), JSON, min_size=1, max_size=2),
        cut=st.none() | st.tuples(st.integers(0, 20000), st.binary(min_size=1, max_size=4)),
        shape=st.none() | st.lists(st.integers(0, 5), max_size=3))
@@ -543,6 +543,7 @@ def test_biases_of_a_lora_file(jittor, interop, base, filled, tmp_path):
         filled(tmp_path / "lora.pt", 3, 7)
 
 
+@pytest.mark.slow
 def test_scripts_take_adapters(tiny, tmp_path):
     """Trained on with LoRA on the key, searched and exported; an adapter that changed is another
     one, and a flag that contradicts it is an error."""

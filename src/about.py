@@ -46,7 +46,8 @@ class About:
 def read(path: Path) -> About:
     """What is known of the checkpoint at ``path``: a file, a folder, an index or a PEFT adapter.
 
-    Reads no weights. Raises InputError if a file is missing or damaged, or cannot run here.
+    Reads no weights but those of an adapter. Raises InputError if a file is missing or
+    damaged, or cannot run here.
     """
     if peft_adapter.folder_of(path):
         lora = peft_adapter.in_its_layers(peft_adapter.read(path))

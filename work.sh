@@ -76,11 +76,12 @@ check() {  # PATTERN DESCRIPTION VARIABLE...
 }
 check 'auto|cpu|cuda' "auto, cpu or cuda" DEVICE
 check 'auto|yes|no' "auto, yes or no (see --resume of src/gpt2_ft.py)" RESUME
-check 'gpt2\.(nano|sm|md|lg)' "gpt2.nano, gpt2.sm, gpt2.md or gpt2.lg" MODEL_CARD
+check 'gpt2\.(nano|sm|md|lg)|auto' "gpt2.nano, gpt2.sm, gpt2.md, gpt2.lg or auto" MODEL_CARD
 check '[1-9][0-9]{0,8}' "a whole number from 1 on" NPROC EPOCHS BATCH_SIZE GRAD_ACC LOG_INTERVAL \
     EVAL_INTERVAL BEAM_BATCH_SIZE BASE_STEPS SEQ_LEN EVAL_LEN
 check 'yes|no' "yes or no" CORRECT_BIAS
-check '[0-9]{1,10}' "a whole number from 0 on" WARMUP_STEPS SEED LORA_DIM LORA_ALPHA
+check '[0-9]{1,10}' "a whole number from 0 on" WARMUP_STEPS SEED LORA_DIM
+check '[0-9]{1,10}(\.[0-9]+)?' "a number from 0 on" LORA_ALPHA
 check '([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]{1,2})?' "a number such as 0.0002" \
     LEARNING_RATE WEIGHT_DECAY LORA_DROPOUT LABEL_SMOOTH
 check '[^-@].*' "a path, with ./ before the first - or @" WORK_DIR DATA INIT_CHECKPOINT
@@ -110,8 +111,8 @@ launch() {  # SCRIPT FLAG...
     mpirun "${mpi[@]}" $MPI_FLAGS python "$@"
 }
 
-need() {  # FILE COMMAND_THAT_MAKES_IT
-    if [[ ! -f "$1" ]]; then
+need() {  # FILE_OR_FOLDER COMMAND_THAT_MAKES_IT
+    if [[ ! -e "$1" ]]; then
         fail 1 "$1: no such file; run: $2 (bash work.sh demo needs no download)"
     fi
 }

@@ -1,137 +1,77 @@
-"""Reads and writes GPT-2 and LoRA weights, under all the names that published files use."""
+"""Fills a model from checkpoints, and writes them."""
 
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 
 import jittor as jt
 import numpy as np
 
 import lora
+import peft_adapter
 from model import GPT2LMModel
 from runtime import torch_file
 from runtime.errors import InputError
+from weight_names import EMBEDDING, HEAD_NAMES
+from weights import lora_form, lora_part, read_weights
 
-# Buffers in which other programs store the causal mask; they are no weights.
-MASK_BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
-HEAD_NAMES = ("lm_head.weight", "lm_head.decoder.weight")
-EMBEDDING = "transformer.wte.weight"
-# The types of numbers in safetensors as torch_file.to_array calls them.
-SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F64": "<f8", "BOOL": "?",
-                     "U8": "u1"}
-TF_ENDINGS = {".g": ".weight", ".w": ".weight", ".b": ".bias"}
-
-
-def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The weights in a ``.safetensors``, ``.bin`` or ``.pt`` file by our parameter names, float32.
-
-    Accepts Hugging Face's names with or without ``transformer.``, those of the original experiment
-    and the endings of TensorFlow's conversion. Raises InputError if the file is missing or damaged,
-    holds something else, or has an output head that differs from the embedding.
-    """
-    path = Path(path)
-    try:
-        raw = (_read_safetensors if path.suffix == ".safetensors" else torch_file.load)(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; GPT-2's come with "
-                         "bash download_pretrained_checkpoints.sh") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}; "
-                         "check the path") from None
-    except torch_file.TorchFileError as error:
-        raise InputError(f"{path}: {error}; fetch or save it again") from None
-    if isinstance(raw, dict) and isinstance(raw.get("model_state_dict"), dict):
-        raw = raw["model_state_dict"]
-    if not isinstance(raw, dict) or not raw or not all(
-            isinstance(key, str) and key.isprintable()
-            and isinstance(value, np.ndarray) and value.dtype.kind in "biuf"  # not complex
-            for key, value in raw.items()):
-        raise InputError(f"{path}: holds no named weights; give a file of GPT-2 or of this program")
-
-    weights: dict[str, np.ndarray] = {}
-    head = None
-    for key, value in raw.items():
-        name = parameter_name(key)
-        if name in weights:
-            raise InputError(f"{path}: holds {name} under two names; remove one of them")
-        if name in HEAD_NAMES:
-            head = value
-        elif not MASK_BUFFER.fullmatch(name):
-            weights[name] = value.astype(np.float32, copy=False)
-    if head is not None and EMBEDDING in weights and not np.array_equal(head, weights[EMBEDDING]):
-        raise InputError(f"{path}: its output head differs from its token embedding; GPT-2 ties "
-                         "them, give a tied checkpoint")
-    return weights
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    import safetensors
-    import safetensors.numpy
-
-    with torch_file.open_regular(path) as file:
-        header = int.from_bytes(file.read(8), "little")
-    if header > torch_file.DIRECTORY_LIMIT:
-        raise torch_file.TorchFileError("damaged, or no safetensors file (its header would have "
-                                        f"{header} bytes)")
-    try:
-        try:
-            return safetensors.numpy.load_file(path)
-        except (TypeError, AttributeError, KeyError):  # it holds types that NumPy does not have
-            tensors = dict(safetensors.deserialize(path.read_bytes()))
-        for name, tensor in tensors.items():
-            if tensor["dtype"] not in SAFETENSORS_TYPES:
-                raise torch_file.TorchFileError(f"{name} is of type {tensor['dtype']}, not one of "
-                                                f"{', '.join(SAFETENSORS_TYPES)}")
-        return {name: torch_file.to_array(tensor["data"], SAFETENSORS_TYPES[tensor["dtype"]])
-                .reshape(tensor["shape"]) for name, tensor in tensors.items()}
-    except (OSError, torch_file.TorchFileError):
-        raise
-    except Exception as error:  # what a damaged file raises can be anything
-        raise torch_file.TorchFileError(f"damaged, or no safetensors file ({error})") from None
-
-
-def parameter_name(key: str) -> str:
-    """Our name of a weight that a file calls ``key``."""
-    for ending, ours in TF_ENDINGS.items():
-        if key.endswith(ending):
-            key = key[: -len(ending)] + ours
-    key = key[len("module."):] if key.startswith("module.") else key
-    if re.match(r"(h\.\d+|wte|wpe|ln_f)\.", key):
-        key = "transformer." + key
-    return key
+LISTED = 3  # names in a message
 
 
 def load(model: GPT2LMModel, init_checkpoint: str | None, lora_checkpoint: str | None = None,
          lora_required: bool = False) -> None:
     """Fills the model from a checkpoint of the base or of the whole model, then from one of LoRA.
 
-    If no file holds LoRA matrices, the model keeps its own; with ``lora_required`` that is an
-    error. Raises InputError that lists missing, unexpected and misshapen weights, ten of each.
+    LoRA comes from a file or from the folder of a PEFT adapter; if it is on query, key and value,
+    the model's is put there, too. If no file holds LoRA matrices, the model keeps its own; with
+    ``lora_required`` that is an error. Raises InputError that lists missing, unexpected and
+    misshapen weights, three of each.
     """
     has_lora = False
     if init_checkpoint:
         weights = read_weights(init_checkpoint)
         has_lora = any("lora_" in name for name in weights)
-        if all("lora_" in name for name in weights):
+        if len(lora_part(weights)) == len(weights):
             raise InputError(f"{init_checkpoint}: holds LoRA matrices only; give the base model as "
                              f"--init_checkpoint and this file as --lora_checkpoint")
+        _enable_lora(model, weights)
         _fill(model, weights, init_checkpoint, optional="" if has_lora else "lora_")
     if lora_checkpoint:
-        weights = {n: w for n, w in read_weights(lora_checkpoint).items() if "lora_" in n}
-        if not weights:
-            raise InputError(f"{lora_checkpoint}: holds no LoRA matrices; give a model.STEP.pt of "
-                             "src/gpt2_ft.py")
-        _fill(model, weights, lora_checkpoint, only="lora_")
+        weights = _lora_weights(model, lora_checkpoint)
+        model.lora_biases = [name for name in weights if "lora_" not in name]
+        _enable_lora(model, weights)
+        _fill(model, weights, lora_checkpoint, lora_only=True)
     elif lora_required and model.lora_config.r and not has_lora:
         raise InputError(f"{init_checkpoint}: holds no LoRA matrices; give them with "
                          "--lora_checkpoint, or --lora_dim 0 to use the base alone")
 
 
+def _lora_weights(model: GPT2LMModel, path: str) -> dict[str, np.ndarray]:
+    """The LoRA of a file of ours or of a PEFT adapter; raises InputError if it has none."""
+    if not peft_adapter.folder_of(path):
+        weights = lora_part(read_weights(path))
+        if not weights:
+            raise InputError(f"{path}: holds no LoRA matrices; give a model.STEP.pt of "
+                             "src/gpt2_ft.py or the folder of a PEFT adapter")
+        return weights
+    found, wanted = peft_adapter.as_lora(peft_adapter.read(path), model.config), model.lora_config
+    if (found.r, found.alpha) != (wanted.r, wanted.alpha):
+        raise InputError(f"{path}: has --lora_dim {found.r} and --lora_alpha {found.alpha:g}, not "
+                         f"{wanted.r} and {wanted.alpha:g}; leave these flags out")
+    return found.weights
+
+
+def _enable_lora(model: GPT2LMModel, weights: dict[str, np.ndarray]) -> None:
+    """Puts the model's LoRA on the thirds that it is on in ``weights``."""
+    form = lora_form(weights)
+    if form and model.lora_config.r and form[1] != model.lora_config.enable:
+        model.enable_lora(form[1])
+
+
 def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optional: str = "",
-          only: str = "") -> None:
-    parameters = {n: p for n, p in model.named_parameters() if only in n}
+          lora_only: bool = False) -> None:
+    parameters = {n: p for n, p in model.named_parameters()
+                  if not lora_only or "lora_" in n or n in weights}
     missing = [n for n in parameters if n not in weights and not (optional and optional in n)]
     unexpected = [n for n in weights if n not in parameters]
     misshapen = [f"{n} {weights[n].shape} for {tuple(p.shape)}" for n, p in parameters.items()
@@ -139,9 +79,18 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
     faults = [f"{len(names)} {what}: {_listed(names)}" for what, names in
               (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
     if faults:
+        rows = weights[EMBEDDING].shape[0] if EMBEDDING in weights else 0
+        if not missing and not unexpected and len(misshapen) == 1 and EMBEDDING in misshapen[0]:
+            raise InputError(f"{path}: its vocabulary has {rows} tokens, that of --model_card "
+                             f"{parameters[EMBEDDING].shape[0]}; for a resized vocabulary, keep "
+                             "its config.json beside it and give --model_card auto")
         remedy = "does --model_card fit the file?"
         if any("lora_" in name for name in missing + unexpected + misshapen):
             remedy = "do --model_card and --lora_dim fit the file?"
+        elif misshapen and all(tuple(parameters[name].shape) == weights[name].shape[::-1]
+                               for name in parameters if name in weights
+                               and tuple(parameters[name].shape) != weights[name].shape):
+            remedy = "these are transposed, as nanoGPT's; store c_attn, c_fc and c_proj (in, out)"
         raise InputError(f"{path}: {'; '.join(faults)}; {remedy}")
     for name, p in parameters.items():
         if name in weights:  # popped, so that no second copy of the whole model is in memory
@@ -149,19 +98,30 @@ def _fill(model: GPT2LMModel, weights: dict[str, np.ndarray], path: str, optiona
 
 
 def _listed(names: list[str]) -> str:
-    """The first ten of ``names``, at most 100 characters each, and the number of the others."""
-    others = f" and {len(names) - 10} others" if len(names) > 10 else ""
-    return ", ".join(name[:100] for name in names[:10]) + others
+    """The first three of ``names``, at most 100 characters each, and the number of the others."""
+    others = f" and {len(names) - LISTED} others" if len(names) > LISTED else ""
+    return ", ".join(name[:100] for name in names[:LISTED]) + others
 
 
-def save_model(model: GPT2LMModel, path: str | os.PathLike) -> None:
-    """Writes the whole model under the original's names; ``torch.load`` opens the file."""
+def save_model(model: GPT2LMModel, path: str | os.PathLike, about: str | None = None) -> None:
+    """Writes the whole model under the original's names; ``torch.load`` opens the file.
+
+    ``about`` is what the file says about itself, see about.describe.
+    """
     state = {name: p.data for name, p in model.named_parameters()}  # views of Jittor's memory
     state[HEAD_NAMES[1]] = state[EMBEDDING]
-    torch_file.save(path, {"model_state_dict": state})
+    _save(path, state, about)
 
 
-def save_lora(model: GPT2LMModel, path: str | os.PathLike) -> None:
-    """Writes the LoRA matrices alone; ``--lora_checkpoint`` reads them, beside their base."""
-    state = {name: p.numpy() for name, p in lora.lora_state_dict(model).items()}
-    torch_file.save(path, {"model_state_dict": state})
+def save_lora(model: GPT2LMModel, path: str | os.PathLike, about: str | None = None) -> None:
+    """Writes the LoRA matrices alone; ``--lora_checkpoint`` reads them, beside their base.
+
+    Biases that came with the matrices stay with them.
+    """
+    state = {name: p.numpy() for name, p in model.named_parameters() if name in model.lora_biases}
+    state.update({name: p.numpy() for name, p in lora.lora_state_dict(model).items()})
+    _save(path, state, about)
+
+
+def _save(path: str | os.PathLike, state: dict[str, np.ndarray], about: str | None) -> None:
+    torch_file.save(path, {"model_state_dict": state, **({"about": about} if about else {})})

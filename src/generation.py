@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Sequence
 
-from config import MODEL_CARDS, LoRAConfig
+import about
+from config import MODEL_CARDS, GPT2Config, LoRAConfig
 from runtime import memory
-from runtime.flags import at_least, between
+from runtime.flags import at_least, between, number, wrong
+from runtime.progress import log
 
+CARD = "gpt2.sm"  # the original's default
 END_OF_TEXT = 50256
 
 
@@ -21,14 +24,20 @@ def add_flags(parser: argparse.ArgumentParser, data: argparse._ArgumentGroup) ->
     data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.sm", help="size of GPT-2")
-    model.add_argument("--init_checkpoint", metavar="FILE", required=True,
-                       help="weights (.bin, .pt, .safetensors)")
-    model.add_argument("--lora_checkpoint", metavar="FILE",
-                       help="LoRA matrices, if --init_checkpoint has only the base")
-    model.add_argument("--lora_dim", type=at_least(0), default=0, help="LoRA's rank r; 0: no LoRA")
-    model.add_argument("--lora_alpha", type=at_least(0), default=128,
-                       help="LoRA's output is scaled by alpha / r")
+    model.add_argument("--model_card", choices=[*MODEL_CARDS, "auto"],
+                       help="size of GPT-2; auto: that of --init_checkpoint, which says it; none: "
+                            f"auto, or {CARD} if it does not")
+    model.add_argument("--init_checkpoint", metavar="PATH", required=True,
+                       help="weights: a file (.bin, .pt, .safetensors, .pkl), a Hugging Face "
+                            "folder or an index")
+    model.add_argument("--lora_checkpoint", metavar="PATH",
+                       help="LoRA matrices or the folder of a PEFT adapter, if --init_checkpoint "
+                            "has only the base")
+    model.add_argument("--lora_dim", type=at_least(0),
+                       help="LoRA's rank r; 0: no LoRA; none: that of the checkpoint, or 0")
+    model.add_argument("--lora_alpha", type=at_least(0, number),
+                       help="LoRA's output is scaled by alpha / r; none: that of the checkpoint, "
+                            "or 128")
 
     search = parser.add_argument_group("beam search")
     search.add_argument("--beam", type=at_least(1), default=1, help="beams of a context")
@@ -44,15 +53,23 @@ def add_flags(parser: argparse.ArgumentParser, data: argparse._ArgumentGroup) ->
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with the parser's error where flags do not fit each other or the model."""
-    config = MODEL_CARDS[args.model_card]
+    """Ends with the parser's error where flags do not fit each other."""
     if args.seq_len <= args.eval_len:
         parser.error(f"--seq_len {args.seq_len} leaves no room for a context before --eval_len "
                      f"{args.eval_len} tokens")
+
+
+def complete(args: argparse.Namespace) -> GPT2Config:
+    """Sets the flags that follow from the checkpoints; the model's dimensions."""
+    config = about.complete(args, CARD, log)
     if args.seq_len > config.n_positions:
-        parser.error(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
+        wrong(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
     if args.beam > config.vocab_size:
-        parser.error(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
+        wrong(f"--beam {args.beam}: the vocabulary has {config.vocab_size} tokens")
+    if config.vocab_size <= END_OF_TEXT and args.eos_token_id == [END_OF_TEXT]:
+        log(f"the vocabulary has {config.vocab_size} tokens and no {END_OF_TEXT}: every text will "
+            "have --eval_len tokens; give an end token by --eos_token_id")
+    return config
 
 
 def cuts(args: argparse.Namespace, samples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> str:
@@ -74,22 +91,21 @@ def cuts(args: argparse.Namespace, samples: Sequence[tuple[Sequence[int], Sequen
             f"{room + max(len(context) for context, _ in samples)} to cut none")
 
 
-def require_memory(args: argparse.Namespace, rows: int) -> None:
+def require_memory(args: argparse.Namespace, config: GPT2Config, rows: int) -> None:
     """Raises InputError unless there is memory to continue that many ``rows`` at a time."""
-    card = MODEL_CARDS[args.model_card]
     # the weights, keys and values of what is generated, logits
-    memory.require(4 * (card.weights + rows * (2 * card.n_layer * card.n_embd * args.eval_len
-                                               + card.vocab_size)),
+    memory.require(4 * (config.weights + rows * (2 * config.n_layer * config.n_embd * args.eval_len
+                                                 + config.vocab_size)),
                    "take a smaller --batch_size, --beam or --model_card")
 
 
-def make_generator(args: argparse.Namespace):
+def make_generator(args: argparse.Namespace, config: GPT2Config):
     """The model with its weights, in the form that can only generate; Jittor must have started."""
     import checkpoint
     from generator import Generator
     from model import GPT2LMModel
 
-    model = GPT2LMModel(MODEL_CARDS[args.model_card], LoRAConfig(args.lora_dim, args.lora_alpha))
+    model = GPT2LMModel(config, LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
     return Generator(model)  # when the model is dropped, its matrices are freed as they are packed
 

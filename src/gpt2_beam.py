@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import generation
-from config import MODEL_CARDS
+import weight_files
 from runtime import backend, processes
 from runtime.errors import Interrupted
 from runtime.flags import ArgumentParser, add_device_flag, add_resume_flag, settings_of
@@ -71,17 +71,18 @@ def search(args: argparse.Namespace, generator, distinct: list[tuple[int, ...]],
 
 def main() -> None:
     args = parse_args()
+    config = generation.complete(args)
     backend.start(args.device)
     from dataset import FTDataset  # needs Jittor, see backend
 
-    card = MODEL_CARDS[args.model_card]
     data = FTDataset(args.data, args.batch_size, args.seq_len, args.eval_len,
-                     vocab_size=card.vocab_size, n_positions=card.n_positions, contexts_only=True)
+                     vocab_size=config.vocab_size, n_positions=config.n_positions,
+                     contexts_only=True)
     queries = data.queries()
     if cut := generation.cuts(args, data.samples):
         log(f"{args.data}: {cut}")
     distinct = sorted(dict.fromkeys(queries), key=len)
-    settings = settings_of(args, FREE_FLAGS, FILE_FLAGS)
+    settings = settings_of(args, FREE_FLAGS, FILE_FLAGS, weight_files.digest)
     processes.check_same({**vars(args), **settings})
     output = args.work_dir / args.output_file
     state = SearchState(args.work_dir, output, settings, log)
@@ -89,8 +90,8 @@ def main() -> None:
     if processes.total_number(state.finished and processes.rank() == 0):
         log(f"finished before, nothing to do: {output}; --resume no searches anew")
         return
-    generation.require_memory(args, rows=min(args.batch_size, len(distinct)) * args.beam)
-    generator = generation.make_generator(args)
+    generation.require_memory(args, config, rows=min(args.batch_size, len(distinct)) * args.beam)
+    generator = generation.make_generator(args, config)
     started = time.perf_counter()
     lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")
     with lock if processes.rank() == 0 else nullcontext():

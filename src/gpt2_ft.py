@@ -10,7 +10,9 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-from config import MODEL_CARDS, LoRAConfig
+import about
+import weight_files
+from config import MODEL_CARDS, GPT2Config, LoRAConfig
 from runtime import backend, memory, processes
 from runtime.errors import InputError
 from runtime.flags import (
@@ -18,13 +20,17 @@ from runtime.flags import (
     add_device_flag,
     add_resume_flag,
     at_least,
+    number,
     seed,
     settings_of,
     share,
+    wrong,
 )
 from runtime.locks import exclusive
 from runtime.progress import Progress, log
 from runtime.script import StopRequest, run
+
+CARD = "gpt2.md"  # the original's default
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,15 +47,21 @@ def parse_args() -> argparse.Namespace:
                       help="targets: the completion's tokens (clm) or every token (jlm)")
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model_card", choices=MODEL_CARDS, default="gpt2.md", help="size of GPT-2")
-    model.add_argument("--init_checkpoint", metavar="FILE",
-                       help="weights to start from (.bin, .pt, .safetensors); none: random")
-    model.add_argument("--lora_checkpoint", metavar="FILE",
-                       help="LoRA matrices to start from, with the base in --init_checkpoint")
-    model.add_argument("--lora_dim", type=at_least(0), default=0,
-                       help="LoRA's rank r; 0 trains every weight")
-    model.add_argument("--lora_alpha", type=at_least(0), default=128,
-                       help="LoRA's output is scaled by alpha / r")
+    model.add_argument("--model_card", choices=[*MODEL_CARDS, "auto"],
+                       help="size of GPT-2; auto: that of --init_checkpoint, which says it; none: "
+                            f"auto, or {CARD} if it does not")
+    model.add_argument("--init_checkpoint", metavar="PATH",
+                       help="weights to start from: a file (.bin, .pt, .safetensors, .pkl), a "
+                            "Hugging Face folder or an index; none: random")
+    model.add_argument("--lora_checkpoint", metavar="PATH",
+                       help="LoRA matrices to start from, or the folder of a PEFT adapter, with "
+                            "the base in --init_checkpoint")
+    model.add_argument("--lora_dim", type=at_least(0),
+                       help="LoRA's rank r; 0 trains every weight; none: that of the checkpoint, "
+                            "or 0")
+    model.add_argument("--lora_alpha", type=at_least(0, number),
+                       help="LoRA's output is scaled by alpha / r; none: that of the checkpoint, "
+                            "or 128")
     model.add_argument("--lora_dropout", type=share, default=0.0, help="dropout on LoRA's input")
 
     loop = parser.add_argument_group("training")
@@ -101,6 +113,8 @@ def parse_args() -> argparse.Namespace:
     add_device_flag(parser)
     args = parser.parse_args()
 
+    if args.model_card == "auto" and not args.init_checkpoint:
+        parser.error("--model_card auto: there is no --init_checkpoint to take it from")
     if args.max_epoch is None and args.max_step is None and args.scheduler != "cycle":
         parser.error("give --max_epoch or --max_step")
     try:
@@ -114,12 +128,17 @@ def parse_args() -> argparse.Namespace:
             parser.error("--scheduler cycle: --i_steps must rise to a step above 0, and --i_lrs "
                          "must have as many numbers")
         args.max_step = args.i_steps[-1]  # as in the original
+    return args
+
+
+def complete(args: argparse.Namespace) -> GPT2Config:
+    """Sets the flags that follow from the checkpoints and from others; the model's dimensions."""
+    config = about.complete(args, CARD, log)
     if args.state_interval is None:
         args.state_interval = 100 if args.lora_dim else 500
-    if args.seq_len > MODEL_CARDS[args.model_card].n_positions:
-        parser.error(f"--seq_len {args.seq_len}: the model has "
-                     f"{MODEL_CARDS[args.model_card].n_positions} positions")
-    return args
+    if args.seq_len > config.n_positions:
+        wrong(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
+    return config
 
 
 # Flags that change neither the losses nor the log: a resumed run may differ in them.
@@ -170,17 +189,16 @@ def state_to_resume(args: argparse.Namespace, settings: dict[str, object]):
                      "--resume to start anew")
 
 
-def read_data(args: argparse.Namespace):
+def read_data(args: argparse.Namespace, config: GPT2Config):
     """The training and the validation set; raises InputError if nothing can be learned from one."""
     from dataset import FTDataset
 
-    card = MODEL_CARDS[args.model_card]
     sets = []
     for path, batch_size, joint_lm in (
             (args.train_data, args.train_batch_size, args.obj == "jlm"),
             (args.valid_data, args.valid_batch_size, False)):
         data = FTDataset(path, batch_size, args.seq_len, joint_lm=joint_lm,
-                         vocab_size=card.vocab_size, n_positions=card.n_positions)
+                         vocab_size=config.vocab_size, n_positions=config.n_positions)
         if not data.learns():
             raise InputError(f"{path}: no sample has a token of its completion within --seq_len "
                              f"{args.seq_len}; raise it")
@@ -199,18 +217,17 @@ def read_data(args: argparse.Namespace):
     return sets
 
 
-def require_memory(args: argparse.Namespace, data) -> None:
+def require_memory(args: argparse.Namespace, config: GPT2Config, data) -> None:
     """Raises InputError if there is too little memory for the weights and the largest batch."""
-    card = MODEL_CARDS[args.model_card]
     lengths = sorted(min(len(context + completion), args.seq_len)
                      for context, completion in data.samples)[-args.train_batch_size:]
-    activations = 16 * card.n_layer * card.n_embd * sum(lengths)
+    activations = 16 * config.n_layer * config.n_embd * sum(lengths)
     # of a full training also the gradients and AdamW's two means
-    numbers = card.weights * (1 if args.lora_dim else 4) + activations
+    numbers = config.weights * (1 if args.lora_dim else 4) + activations
     memory.require(4 * numbers, "take a smaller --train_batch_size, --seq_len or --model_card")
 
 
-def make_trainer(args: argparse.Namespace, max_step: int):
+def make_trainer(args: argparse.Namespace, config: GPT2Config, max_step: int):
     """The model with its weights, optimizer and schedule; logs how many weights train."""
     import jittor as jt
 
@@ -220,7 +237,7 @@ def make_trainer(args: argparse.Namespace, max_step: int):
     from optimizer import AdamW, make_schedule
     from trainer import Trainer, TrainOptions
 
-    model = GPT2LMModel(MODEL_CARDS[args.model_card],
+    model = GPT2LMModel(config,
                         LoRAConfig(args.lora_dim, args.lora_alpha, args.lora_dropout))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint)
     jt.sync_all()  # draws random weights now, also those that a state will replace
@@ -244,29 +261,32 @@ def make_trainer(args: argparse.Namespace, max_step: int):
 
 def main() -> None:
     args = parse_args()
+    config = complete(args)
     backend.start(args.device, args.random_seed)
     from trainer import RunOptions, TrainingRun  # needs Jittor, see backend
 
-    train_data, valid_data = read_data(args)
+    train_data, valid_data = read_data(args, config)
     max_step = args.max_step or -(-args.max_epoch * train_data.num_batches
                                   // processes.world_size())
     if args.warmup_step >= max_step and args.scheduler in ("linear", "constant", "cosine"):
         log(f"--warmup_step {args.warmup_step}: the run has only {max_step} micro-batches, so its "
             f"learning rate never reaches --lr {args.lr:g}; lower it")
     # np is mpirun's flag for the number of processes
-    settings = {**settings_of(args, FREE_FLAGS, FILE_FLAGS), "np": processes.world_size()}
+    settings = {**settings_of(args, FREE_FLAGS, FILE_FLAGS, weight_files.digest),
+                "np": processes.world_size()}
     processes.check_same({**vars(args), **settings})
     options = RunOptions(
         work_dir=args.work_dir, max_step=max_step, max_epoch=args.max_epoch,
         log_interval=args.log_interval, eval_interval=args.eval_interval,
         save_interval=args.save_interval, state_interval=args.state_interval,
         keep_last=args.keep_last, settings=settings,
+        data=Path(args.train_data).resolve().parent.name,
         title=f"{args.model_card}, {f'LoRA rank {args.lora_dim}' if args.lora_dim else 'no LoRA'}, "
               f"{args.train_data}")
     if is_finished(args, settings):
         return
-    require_memory(args, train_data)
-    trainer = make_trainer(args, max_step)
+    require_memory(args, config, train_data)
+    trainer = make_trainer(args, config, max_step)
     lock = exclusive(args.work_dir / ".training", "another --work_dir")
     with lock if processes.rank() == 0 else nullcontext():
         state = state_to_resume(args, settings)

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Callable, Iterator, NamedTuple
 
 import generation
-from config import MODEL_CARDS, GPT2Config
+from config import GPT2Config
 from dataset import check_sample
 from encoder import Encoder, get_encoder
 from format_converting_e2e import SEPARATOR
@@ -216,15 +216,16 @@ def main() -> None:
     if processes.world_size() > 1:
         raise InputError("src/gpt2_generate.py works in one process; start it without mpirun")
     with results_on_stdout() as results:
+        config = generation.complete(args)
         encoder = get_encoder(args.vocab)
-        make = partial(make_query, encoder=encoder, config=MODEL_CARDS[args.model_card])
+        make = partial(make_query, encoder=encoder, config=config)
         streamed = args.text is None and args.input is None
         given = [] if streamed else read_given(args, make)
         backend.start(args.device)
         at_a_time = args.batch_size if streamed else min(args.batch_size, len(given))
         generation.require_memory(
-            args, rows=at_a_time * (args.n_best if args.sample else args.beam))
-        generator = generation.make_generator(args)
+            args, config, rows=at_a_time * (args.n_best if args.sample else args.beam))
+        generator = generation.make_generator(args, config)
         if streamed and sys.stdin.isatty():
             log(f"one input a line, e.g. {EXAMPLE}; Ctrl-D ends")
         number = 0

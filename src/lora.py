@@ -40,24 +40,29 @@ class MergedLinear(nn.Module):
         in_features: int,
         out_features: int,
         r: int = 0,  # rank of LoRA; 0 makes this a plain linear layer
-        lora_alpha: int = 1,  # LoRA's output is scaled by lora_alpha / r
+        lora_alpha: float = 1,  # LoRA's output is scaled by lora_alpha / r
         lora_dropout: float = 0.0,  # on LoRA's input, in training only
         enable_lora: tuple[bool, ...] = (True,),  # which projections get LoRA
     ):
-        if out_features % len(enable_lora):
-            raise ValueError("out_features must divide evenly among enable_lora")
         self.r, self.scaling = r, lora_alpha / r if r else 0.0
-        # the first output column of each enabled projection
-        width = out_features // len(enable_lora)
-        self.columns = [i * width for i, enabled in enumerate(enable_lora) if enabled]
         self.lora_dropout, self.dropout_seed = lora_dropout, 0
         self.weight = jt.init.gauss((in_features, out_features), mean=0.0, std=0.02)
         self.bias = jt.zeros(out_features)
-        if r:
+        self.enable(enable_lora)
+
+    def enable(self, enable_lora: tuple[bool, ...]) -> None:
+        """Puts LoRA on these projections, with new matrices; training starts at the frozen W."""
+        in_features, out_features = self.weight.shape
+        if out_features % len(enable_lora):
+            raise ValueError("out_features must divide evenly among enable_lora")
+        # the first output column of each enabled projection
+        width = out_features // len(enable_lora)
+        self.columns = [i * width for i, enabled in enumerate(enable_lora) if enabled]
+        if self.r:
             groups = len(self.columns)
             bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
-            self.lora_A = jt.init.uniform((r * groups, in_features), low=-bound, high=bound)
-            self.lora_B = jt.zeros((width * groups, r))
+            self.lora_A = jt.init.uniform((self.r * groups, in_features), low=-bound, high=bound)
+            self.lora_B = jt.zeros((width * groups, self.r))
 
     def execute(self, x: jt.Var) -> jt.Var:
         """x (N, in_features) -> (N, out_features)."""

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al., 2019) with LoRA on the query and value of its attention.
+"""GPT-2 (Radford et al., 2019) with LoRA on its attention, by default on the query and value.
 
 Sequences are packed: there is no batch axis and no padding, the tokens of all sequences stand one
 behind the other. Shapes in comments: N tokens, M of them wanted, B samples, T tokens of a padded
@@ -7,6 +7,7 @@ sample, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Callable
 
@@ -51,7 +52,7 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.c_attn = lora.MergedLinear(
             config.n_embd, 3 * config.n_embd, r=lora_config.r, lora_alpha=lora_config.alpha,
-            lora_dropout=lora_config.dropout, enable_lora=(True, False, True))
+            lora_dropout=lora_config.dropout, enable_lora=lora_config.enable)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
 
     def execute(self, x, attend, residual, rows=None):  # (N, C), function, (N, C), (M,)
@@ -115,6 +116,13 @@ class GPT2LMModel(nn.Module):
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig | None = None):
         self.config, self.lora_config = config, lora_config or LoRAConfig()
         self.transformer = GPT2Model(config, self.lora_config)
+        self.lora_biases: list[str] = []  # names of those that belong to the LoRA, see checkpoint
+
+    def enable_lora(self, enable: tuple[bool, bool, bool]) -> None:
+        """Puts LoRA on these of query, key and value in all layers, with new matrices."""
+        self.lora_config = replace(self.lora_config, enable=enable)
+        for block in self.transformer.h:
+            block.attn.c_attn.enable(enable)
 
     def logits(self, hidden: jt.Var) -> jt.Var:
         """Hidden states (M, C) -> (M, V)."""

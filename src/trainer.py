@@ -12,6 +12,7 @@ from typing import Callable, Iterator
 
 import jittor as jt
 
+import about
 import checkpoint
 import lora
 import train_state
@@ -120,6 +121,7 @@ class RunOptions:
     keep_last: int | None  # how many checkpoints before the last to keep; None: all
     settings: dict[str, object]  # what a run must share with the one that it resumes
     title: str = ""  # of the loss curve
+    data: str = ""  # the name of the data set, for the checkpoints
 
 
 class TrainingRun:
@@ -259,7 +261,9 @@ class TrainingRun:
         path = self.options.work_dir / name
         if self.writes:
             save = checkpoint.save_lora if self.only_lora and not whole else checkpoint.save_model
-            save(self.trainer.model, path)
+            model = self.trainer.model
+            save(model, path, about.describe(model.config, model.lora_config, self.options.data,
+                                             self.trainer.steps))
         return path
 
     def _save_state(self) -> None:

@@ -273,8 +273,9 @@ def test_the_pytorch_side_has_the_flags_of_ours(align_flags):
                   for flags in (align_flags[theirs], parsers(*STAGES)[ours])]
         differ = {name for name in tables[0] | tables[1] if tables[0].get(name) !=
                   tables[1].get(name)}
-        assert differ == ({"--keep_last", "--state_interval", "--resume"}
-                          if ours.endswith("ft.py") else {"--init_checkpoint", "--resume"})
+        assert differ == {"--model_card", "--lora_dim", "--lora_alpha", *(  # ours: the checkpoint's
+            {"--keep_last", "--state_interval", "--resume"} if ours.endswith("ft.py")
+            else {"--init_checkpoint", "--resume"})}
     for name in REFERENCES:
         text = (ROOT / name).read_text()
         exceptions = text[text.index("`align/torch_train.py`"):][:400]

@@ -13,7 +13,7 @@ import sys
 import pytest
 from conftest import run_main
 
-from runtime.flags import ArgumentParser, at_least, between, read_flags, seed, share
+from runtime.flags import ArgumentParser, at_least, between, number, read_flags, seed, share
 
 # The commands of stages 3 and 4 in the user's document, without the names of files.
 FT = shlex.split("""--train_batch_size 2 --grad_acc 2 --valid_batch_size 1 --seq_len 64
@@ -31,6 +31,7 @@ BEAM_FILES = ["--data", "test.jsonl", "--init_checkpoint", "model.pt"]
 @pytest.mark.parametrize("kind, good, bad", [
     (at_least(1), ["1", "7"], ["0", "-1", "x", "1.5", ""]),
     (at_least(0, float), ["0", "1e-9"], ["-1", "nan", "inf"]),
+    (at_least(0, number), ["0", "32", "27.7128", "1e3"], ["-1", "nan", "inf", "1e999", "x", ""]),
     (between(-10, 10), ["-10", "0.8", "10"], ["10.1", "nan", "inf"]),
     (share, ["0", "0.999"], ["1", "-0.1", "nan"]),
     (seed, ["0", "2147483647"], ["-1", "2147483648", "1.0"]),
@@ -44,6 +45,12 @@ def test_numbers_of_flags(kind, good, bad, capsys):
         with pytest.raises(SystemExit):
             parser.parse_args([f"--n={text}"])
         assert "--n: " in capsys.readouterr().err
+
+
+def test_whole_numbers_stay_whole():
+    """A state holds the flags as text: 32 and 32.0 must not differ."""
+    assert [repr(number(text)) for text in ("32", "32.0", "3.2e1", "27.5", "0")] == [
+        "32", "32", "32", "27.5", "0"]
 
 
 @pytest.fixture
@@ -308,6 +315,7 @@ VARIABLES = [  # and the values that they change in stages 3 and 4
     ({"SEED": 11}, {"random_seed": 11}, {}),
     ({"LORA_DIM": 8}, {"lora_dim": 8}, {"lora_dim": 8}),
     ({"LORA_ALPHA": 16}, {"lora_alpha": 16}, {"lora_alpha": 16}),
+    ({"LORA_ALPHA": 27.5}, {"lora_alpha": 27.5}, {"lora_alpha": 27.5}),
     ({"BEAM_BATCH_SIZE": 16}, {}, {"batch_size": 16}),
     ({"SEQ_LEN": 128}, {"seq_len": 128}, {"seq_len": 128}),
     ({"EVAL_LEN": 48}, {}, {"eval_len": 48}),
@@ -349,6 +357,14 @@ def test_variables_for_files(work, tmp_path):
     assert beam["init_checkpoint"] == "out/model.7.pt" and str(train["work_dir"]) == "out"
 
 
+def test_a_folder_as_base(work, tmp_path):
+    (tmp_path / "my gpt2").mkdir()
+    called = work(MODEL_CARD="auto", INIT_CHECKPOINT="my gpt2")
+    train, beam = (values_of(name, called[name][0]) for name in ("gpt2_ft", "gpt2_beam"))
+    assert train["init_checkpoint"] == "my gpt2"
+    assert train["model_card"] == beam["model_card"] == "auto"
+
+
 def test_several_processes_through_mpirun(work, tmp_path):
     (tmp_path / "bin/mpirun").write_text(PYTHON.replace(
         'case "${1:-}" in *.py)', 'case "$*" in *.py*)'))
@@ -369,7 +385,7 @@ def test_demo_takes_both_files(work):
     assert not [word for word in pretrain[1:] if word.startswith("@")]
     base = values_of("gpt2_ft", pretrain)
     assert (base["max_step"], base["lora_dim"], base["obj"], base["correct_bias"]) == (
-        5, 0, "jlm", True)
+        5, None, "jlm", True)  # None: 0, without --init_checkpoint
     both = ["@data/experiment.ini", "@data/demo/demo.ini"]
     assert train[:2] == both
     assert values_of("gpt2_ft", train) == values_of("gpt2_ft", [

@@ -6,6 +6,7 @@ run_tests.sh tests/test_fuzz.py`` uses that many new random ones in each test.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -216,7 +217,9 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
         torch_file.LEGACY_MAGIC, 1001, {"little_endian": True})) + structure
     legacy += pickle.dumps([str(i) for i in range(3)], 2) + b"".join(
         array.size.to_bytes(8, "little") + array.tobytes() for array in arrays.values())
-    return {"m.pt": (folder / "m.pt").read_bytes(), "legacy.bin": legacy,
+    jittors = pickle.dumps({"model_state_dict": arrays, "losses": [0.5]}, 4)
+    return {"m.pkl": jittors + hashlib.sha1(jittors).digest() + torch_file.JITTOR_MAGIC,
+            "plain.pkl": jittors, "m.pt": (folder / "m.pt").read_bytes(), "legacy.bin": legacy,
             "m.safetensors": safetensors.numpy.save(arrays)}
 
 
@@ -226,7 +229,8 @@ def weight_files(tmp_path_factory, jittor):
     return folder, checkpoints(folder), importlib.import_module("checkpoint")
 
 
-@fuzz(damage(), st.sampled_from(["m.pt", "legacy.bin", "m.safetensors"]), examples=200)
+@fuzz(damage(), st.sampled_from(["m.pt", "legacy.bin", "m.safetensors", "m.pkl", "plain.pkl"]),
+      examples=300)
 def test_weights(weight_files, damaged, name):
     folder, files, checkpoint = weight_files
     (folder / name).write_bytes(damaged(files[name]))
@@ -237,6 +241,32 @@ def test_weights(weight_files, damaged, name):
     else:
         assert all(array.dtype == np.float32 and array.nbytes < 10_000
                    for array in weights.values())
+
+
+@fuzz(damage(), st.sampled_from(["config.json", "model.safetensors.index.json", "about.pt"]),
+      examples=200)
+def test_what_stands_beside_weights(weight_files, damaged, name):
+    """A folder with an index, its config.json, and what a checkpoint says about itself."""
+    import about
+    from config import MODEL_CARDS, LoRAConfig
+
+    folder, files, checkpoint = weight_files
+    (folder / "shards").mkdir(exist_ok=True)
+    (folder / "shards/m.safetensors").write_bytes(files["m.safetensors"])
+    entry = about.describe(MODEL_CARDS["gpt2.sm"], LoRAConfig(4, 32), "e2e", 7)
+    torch_file.save(folder / "about.pt", {"about": entry})
+    beside = {"config.json": b'{"n_layer": 2, "n_embd": 8, "n_head": 2, "n_inner": null}',
+              "model.safetensors.index.json": b'{"weight_map": {"wte.weight": "m.safetensors"}}',
+              "about.pt": (folder / "about.pt").read_bytes()}
+    beside[name] = damaged(beside[name])
+    for other, content in beside.items():
+        (folder / "shards" / other).write_bytes(content)
+    for read, path in ((about.read, folder / "shards"), (about.read, folder / "shards/about.pt"),
+                       (checkpoint.read_weights, folder / "shards")):
+        try:
+            read(path)
+        except InputError as error:
+            assert str(error).startswith(f"{folder}/shards/") and str(error).isprintable()
 
 
 @pytest.fixture(scope="module")

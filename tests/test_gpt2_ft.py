@@ -157,6 +157,25 @@ def test_checkpoints(trained, base):
     assert all(last[name].any() for name in first)
 
 
+def test_checkpoints_know_themselves(trained, base, data):
+    from config import MODEL_CARDS
+    from runtime import torch_file
+
+    def entry(path):
+        content = torch_file.load(path)
+        assert content.keys() == {"model_state_dict", "about"}
+        return json.loads(content["about"])
+
+    common = {"version": 1, "model_card": "gpt2.nano", "data": data.name,
+              "config": vars(MODEL_CARDS["gpt2.nano"])}
+    for step in (5, 10, STEPS):
+        assert entry(trained[1] / f"model.{step}.pt") == {
+            **common, "lora_dim": 4, "lora_alpha": 32, "lora_dropout": 0.1, "step": step}
+    assert entry(trained[1] / "model.best.pt")["step"] in (6, 12)
+    assert entry(base) == {**common, "lora_dim": 0, "lora_alpha": 32, "lora_dropout": 0.0,
+                           "step": 1}
+
+
 def test_same_seed_same_files(root, data, base, trained, tmp_path):
     _, folder = trained
     assert train(root, data, tmp_path, "--init_checkpoint", base,
@@ -286,11 +305,84 @@ def test_lora_alone_as_init_checkpoint(train_here, trained, tmp_path):
 
 
 def test_wrong_rank_and_wrong_card(train_here, base, trained, tmp_path):
-    whole = trained[1] / f"model.{STEPS}.pt"
+    whole, lora = trained[1] / f"model.{STEPS}.pt", trained[1] / "model.5.pt"
     fails(train_here(tmp_path, "--init_checkpoint", whole, "--lora_dim", 3),
-          whole, "misshapen", "--lora_dim")
+          f"{whole}: trained with --lora_dim 4, not 3; leave the flag out")
     fails(train_here(tmp_path, "--init_checkpoint", base, "--model_card", "gpt2.sm"),
-          base, "missing", "misshapen", "--model_card")
+          f"{base}: trained with --model_card gpt2.nano, not gpt2.sm; leave the flag out")
+    fails(train_here(tmp_path, "--init_checkpoint", base, "--lora_checkpoint", lora,
+                     "--lora_alpha", 16),
+          f"{lora}: trained with --lora_alpha 32, not 16; leave the flag out")
+    without_entry(whole, tmp_path / "old.pt")
+    fails(train_here(tmp_path / "out", "--init_checkpoint", tmp_path / "old.pt", "--lora_dim", 3),
+          "old.pt", "misshapen", "--lora_dim")
+    fails(train_here(tmp_path / "out", "--init_checkpoint", tmp_path / "old.pt", "--model_card",
+                     "gpt2.sm"), "old.pt", "missing", "misshapen", "--model_card")
+
+
+def without_entry(path, to):
+    """A copy as this program wrote it before it had the entry ``about``."""
+    from runtime import torch_file
+
+    torch_file.save(to, {"model_state_dict": torch_file.load(path)["model_state_dict"]})
+
+
+def test_flags_left_out_are_the_checkpoints(here, data, base, trained, tmp_path, monkeypatch):
+    """Training goes on as with the flags given, to the same bytes."""
+    import gpt2_ft
+
+    said = []
+    monkeypatch.setattr(gpt2_ft, "log", said.append)
+    flags = flags_of(data, tmp_path, "--max_step", 2)
+    given = [flags.index(flag) for flag in ("--lora_dim", "--lora_alpha", "--model_card")]
+    fewer = [word for i, word in enumerate(flags) if i not in given and i - 1 not in given]
+    files = ["--init_checkpoint", base, "--lora_checkpoint", trained[1] / "model.5.pt"]
+    for name, words in (("given", flags), ("left out", fewer)):
+        assert here(gpt2_ft.main, *words, *files, "--work_dir", tmp_path / name).returncode == 0
+    assert f"{base}: taken from it: --model_card gpt2.nano" in said
+    assert f"{trained[1] / 'model.5.pt'}: taken from it: --lora_dim 4, --lora_alpha 32" in said
+    assert (tmp_path / "given/model.2.pt").read_bytes() == (
+        tmp_path / "left out/model.2.pt").read_bytes()
+    finished = [json.loads((tmp_path / name / "finished.json").read_text())
+                for name in ("given", "left out")]
+    assert finished[0] == finished[1]
+
+
+def test_a_folder_of_transformers_from_training_to_text(here, torch_side, tmp_path, monkeypatch):
+    """A model that is no card: its dimensions come from config.json, then from the checkpoint."""
+    import gpt2_beam
+    import gpt2_ft
+
+    torch_side("save_pretrained", {"input_ids": np.zeros((1, 1))}, path=str(tmp_path / "base"),
+               dims={"n_layer": 3, "n_embd": 12, "n_head": 3, "vocab_size": 50304,
+                     "n_positions": 16})
+    (tmp_path / "data.jsonl").write_text('{"context": [1, 50303], "completion": [2, 50300]}\n')
+    flags = ["--train_data", tmp_path / "data.jsonl", "--valid_data", tmp_path / "data.jsonl",
+             "--train_batch_size", 1, "--seq_len", 16, "--max_step", 2, "--lr", 0.1,
+             "--work_dir", tmp_path / "out", "--lora_dim", 2, "--lora_alpha", 2.5,
+             "--init_checkpoint", tmp_path / "base"]
+    assert here(gpt2_ft.main, *flags).returncode == 0
+    fails(here(gpt2_ft.main, *flags, "--model_card", "gpt2.nano"), tmp_path / "base/config.json",
+          "n_layer is 3, but 4 in gpt2.nano")
+    assert here(gpt2_ft.main, *flags, "--seq_len", 17).returncode == 2
+    assert here(gpt2_ft.main, *flags, "--resume").returncode == 0  # it has ended
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    config["layer_norm_epsilon"] = 1e-4
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    said = []
+    monkeypatch.setattr(gpt2_ft, "log", said.append)
+    assert here(gpt2_ft.main, *flags, "--resume", "auto").returncode == 0
+    assert not any("finished before" in line for line in said)  # another base
+    search = ["--data", tmp_path / "data.jsonl", "--seq_len", 16, "--eval_len", 4, "--beam", 2,
+              "--work_dir", tmp_path, "--output_file", "out.jsonl"]
+    assert here(gpt2_beam.main, *search, "--init_checkpoint", tmp_path / "out/model.2.pt"
+                ).returncode == 0
+    ours = (tmp_path / "out.jsonl").read_text()
+    assert here(gpt2_beam.main, *search, "--init_checkpoint", tmp_path / "out/model.2.pt",
+                "--lora_dim", 2, "--lora_alpha", 2.5, "--model_card", "auto").returncode == 0
+    assert (tmp_path / "out.jsonl").read_text() == ours
+    assert here(gpt2_beam.main, *search, "--init_checkpoint", tmp_path / "base", "--beam", 50305
+                ).returncode == 2
 
 
 @pytest.mark.slow
@@ -313,7 +405,8 @@ def test_work_dir_that_is_a_file(train_here, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--fp16"], ["--seq_len", "1025"], ["--lora_dropout", "1"], ["--grad_acc", "0"],
     ["--scheduler", "cycle"], ["--scheduler", "cycle", "--i_steps", "0,x"], ["--lr", "-1"],
-    ["--lr", "inf"], ["--lr", "nan"], ["--resume", "maybe"], ["--keep_last", "0"],
+    ["--lr", "inf"], ["--lr", "nan"], ["--lora_alpha", "x"], ["--model_card", "auto"],
+    ["--resume", "maybe"], ["--keep_last", "0"],
 ])
 def test_wrong_flags(train_here, tmp_path, flags):
     done = train_here(tmp_path / "out", *flags)

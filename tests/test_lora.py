@@ -16,7 +16,7 @@ def lora(jittor):
 
 
 @pytest.mark.parametrize("enable_lora", [(True,), (True, False, True), (False, True, False),
-                                         (True, True)])
+                                         (True, True), (True, True, True)])
 def test_merged_linear(lora, jittor, torch_side, enable_lora):
     """Compares the output and the gradients of input, weight, bias and both LoRA matrices."""
     n_in, width, r, alpha = 7, 5, 2, 3
@@ -42,6 +42,22 @@ def test_merged_linear(lora, jittor, torch_side, enable_lora):
 def test_uneven_projections(lora):
     with pytest.raises(ValueError, match="evenly"):
         lora.MergedLinear(4, 10, r=2, enable_lora=(True, False, True))
+
+
+def test_enable(lora, jittor):
+    """LoRA on other projections: new matrices, the first again of zero effect, W stays."""
+    layer = lora.MergedLinear(64, 96, r=4, lora_alpha=8, enable_lora=(True, False, True))
+    weight = layer.weight.numpy()
+    layer.enable((True, True, True))
+    assert tuple(layer.lora_A.shape) == (12, 64) and tuple(layer.lora_B.shape) == (96, 4)
+    assert np.array_equal(layer.weight.numpy(), weight) and (layer.lora_B.numpy() == 0).all()
+    layer.lora_A.assign(jittor.array(np.eye(12, 64, dtype=np.float32)))
+    layer.lora_B.assign(jittor.array(np.tile(np.eye(4, dtype=np.float32), (24, 1))))
+    change = layer(jittor.array(np.eye(12, 64, dtype=np.float32))).numpy() - weight[:12]
+    wanted = np.zeros((12, 96), np.float32)
+    for third in range(3):  # rows 4 third to 4 third + 3 of A serve the columns of a third of W
+        wanted[4 * third:4 * third + 4, 32 * third:32 * third + 32] = 2 * np.tile(np.eye(4), 8)
+    assert np.allclose(change, wanted, atol=1e-5)
 
 
 def test_training_starts_at_the_base_model(lora, jittor):

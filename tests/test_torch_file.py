@@ -18,8 +18,9 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 
-from runtime import torch_file
+from runtime import torch_file, unpickler
 from runtime.errors import InputError
+from runtime.unpickler import UNREAD
 
 
 class Hostile:
@@ -114,7 +115,7 @@ def test_a_file_runs_no_code(tmp_path, wrap, protocol):
 
 
 @pytest.mark.parametrize("name", ["builtins.eval", "torch.load", "torch._utils._rebuild_tensor",
-                                  "numpy.core.multiarray._reconstruct", "collections.Counter",
+                                  "numpy.core.multiarray.fromfile", "collections.Counter",
                                   "torch.FloatStorage.__class__"])
 def test_other_globals_are_refused_too(tmp_path, name):
     module, _, attribute = name.rpartition(".")
@@ -131,6 +132,67 @@ def test_ordered_dict_is_a_plain_container(tmp_path):
     path = tmp_path / "file.pt"
     path.write_bytes(hostile_zip(pickle.dumps(OrderedDict(a=1), 2)))
     assert torch_file.load(path) == {"a": 1}
+
+
+ARRAYS = {"matrix": np.arange(6, dtype=np.float32).reshape(2, 3), "double": np.arange(3) / 7,
+          "half": np.float16([1.5]), "big-endian": np.arange(3, dtype=">f4"),
+          "column-major": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+          "integers": np.array([-2**40, 7]), "mask": np.array([True, False]),
+          "scalar": np.array(7, np.float32), "empty": np.zeros((0, 3)), "bytes": np.uint8([200])}
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickled_arrays(tmp_path, protocol):
+    path = tmp_path / "model.pkl"
+    path.write_bytes(pickle.dumps(
+        {**ARRAYS, "again": ARRAYS["matrix"], "list": [ARRAYS["matrix"]],
+         "texts": np.array(["x"]), "number": np.float64(3)}, protocol))
+    read = torch_file.load(path)
+    for name, array in ARRAYS.items():
+        assert read[name].shape == array.shape and read[name].dtype == array.dtype, name
+        assert np.array_equal(read[name], array), name
+    assert read["again"] is read["matrix"] is read["list"][0]
+    assert read["texts"] is read["number"] is UNREAD
+
+
+def test_files_of_jittor(jittor, tmp_path):
+    path = tmp_path / "model.pkl"
+    weights = {"transformer.wte.weight": jittor.randn(3, 4), "n": jittor.array([1, 2])}
+    jittor.save({"model_state_dict": weights, "losses": [1.0, 2.0], "step": 7}, str(path))
+    read = torch_file.load(path)
+    assert (read["losses"], read["step"]) == ([1.0, 2.0], 7)
+    for name, var in weights.items():
+        assert np.array_equal(read["model_state_dict"][name], var.numpy()), name
+    jittor.nn.Linear(2, 3).save(str(path))
+    assert {name: a.shape for name, a in torch_file.load(path).items()} == {
+        "weight": (3, 2), "bias": (3,)}
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-28] + whole[-27:], whole + b"x", whole[:-28] + b"x",
+                    whole.replace(b"weight", b"Weight")):
+        refused(tmp_path, damaged, "does not end with the checksum")
+    path.write_bytes(whole[:-28])  # pickle.dump writes no checksum
+    assert torch_file.load(path).keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_stands_beside_the_weights(torch_side, tmp_path, zipped):
+    path = tmp_path / "run.pt"
+    names = torch_side("save_run", path=str(path), zipped=zipped)["names"]
+    read = torch_file.load(path)
+    assert read["state_dict"]["weight"].tolist() == [1, 2]
+    assert read["optimizer"]["state"][0]["exp_avg"].tolist() == [0, 0]
+    assert read["losses"] == [0.5] * 1000
+    assert all(read[name] is UNREAD for name in names) and len(names) == 9
+
+
+def test_the_structure_alone(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    torch_file.save(path, {"model_state_dict": {"x": np.zeros(9, np.float32)}, "about": "a text"})
+    monkeypatch.setattr(torch_file, "to_array", None)  # no tensor is read
+    assert torch_file.load_structure(path) == {"model_state_dict": {"x": UNREAD},
+                                               "about": "a text"}
+    path.write_bytes(pickle.dumps({"about": "a text"}))
+    assert torch_file.load_structure(path) is None
 
 
 def tensor_pickle(count=4, offset=0, shape=(2, 2), stride=(2, 1)) -> bytes:
@@ -223,6 +285,15 @@ def doubled(depth: int, end: bytes) -> bytes:
     return b"\x80\x02)" + b"q\x00h\x00\x86" * depth + end + b"."
 
 
+def array_pickle(shape=b"K\x03\x85", dtype=b"f4", data=bytes(12), order=b"<") -> bytes:
+    """The pickle of a dict with one NumPy array."""
+    kind = (b"cnumpy\ndtype\n(X" + struct.pack("<I", len(dtype)) + dtype + b"\x89\x88tR(K\x03U\x01"
+            + order + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb")
+    return (b"\x80\x04}U\x01xcnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\0\x85"
+            b"C\x01btR(K\x01" + shape + kind + b"\x89B" + struct.pack("<I", len(data)) + data
+            + b"tbs.")
+
+
 ORDERED_DICT = b"ccollections\nOrderedDict\n"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 HOSTILE = {
@@ -265,6 +336,18 @@ HOSTILE = {
     "storage of 10**15 bytes": tensor_pickle(count=10**15 // 4),
     "tensors without end": b"\x80\x02](" + tensor_pickle(
         shape=(10**9, 10**9), stride=(0, 0))[tensor_pickle().index(b"ctorch._u"):-2] + b"e.",
+    "array larger than its data": array_pickle(shape=b"K\x04\x85"),
+    "array of negative size": array_pickle(shape=b"J\xff\xff\xff\xff\x85"),
+    "array of 100 dimensions": array_pickle(shape=b"(" + b"K\x01" * 100 + b"t", data=bytes(4)),
+    "array of 10**18 numbers": array_pickle(shape=b"K\0\x8a\x08" + struct.pack("<q", 10**18)
+                                            + b"\x86", data=b"")[:-1],
+    "byte order that is a container": array_pickle(shape=b"N"),
+    "attribute of an array's type": b"\x80\x02cnumpy\ndtype\nU\x02f4\x85R}U\x01xK\x01sb.",
+    "content of a tensor": array_pickle().replace(b"cnumpy.core.multiarray\n_reconstruct\n",
+                                                  ORDERED_DICT),
+    "bytes of any size": b"\x80\x02c__builtin__\nbytes\nJ\0\0\0\x7f\x85R.",
+    "encoding of any name": b"\x80\x02c_codecs\nencode\nU\x01xU\x03hex\x86R.",
+    "array of bytes of 10**18": b"\x80\x05\x96" + struct.pack("<Q", 10**18) + b".",
     "structure of 5 MB": b"\x80\x02](" + b"}" * 5_000_000 + b"e.",
 }
 
@@ -280,7 +363,7 @@ def test_hostile_pickles(tmp_path, name, wrap):
             archive.writestr("model/data/0", bytes(16))
         content = path.read_bytes()
     refused(tmp_path, content)
-    assert not vars(torch_file._rebuild_tensor)
+    assert not vars(unpickler._rebuild_tensor)
 
 
 def test_hostile_files_need_little_memory(tmp_path):
@@ -437,6 +520,16 @@ MULTIPLYING = {
         b"\x80\x02}." + listed(b"N", doubled(60, b"")[2:-1]) + bytes(100)),
     "legacy structures": b"".join([
         pickle.dumps(torch_file.LEGACY_MAGIC, 2), *[listed(b"N", b"}" * 260_000)] * 4]),
+    "bytes encoded again and again": hostile_zip(listed(
+        b"c_codecs\nencode\nq\x020(" + text("\xff" * 500_000) + b"U\x06latin1tq\x01",
+        b"h\x02h\x01R" * 80_000)),
+    "one array's bytes again and again": array_pickle(
+        shape=number(MEGABYTE) + b"\x85", dtype=b"u1", data=bytes(MEGABYTE))[:-2] + b"q\x050"
+        + b"0" + listed(b"N", b"h\x05" * 200_000)[2:],
+    "bytes as an array": array_pickle(shape=number(MEGABYTE) + b"\x85", dtype=b"u1",
+                                      data=bytes(MEGABYTE)),
+    "plain text with one wide character": b"\x80\x02}" + text("a") + text(
+        "x" * 4_000_000 + "\U0001f600") + b"s.",
     "bfloat16": stored(HALVES, bytes(8 * MEGABYTE)),
     "legacy bfloat16": hostile_legacy(HALVES + pickle.dumps(["0"], 2)
                                       + struct.pack("<q", 4 * MEGABYTE) + bytes(8 * MEGABYTE)),

@@ -495,8 +495,9 @@ def test_create_datasets_in_a_folder_of_the_user(clone):
                                              "LOG_INTERVAL", "BASE_STEPS", "GRAD_ACC",
                                              "EVAL_INTERVAL")
       for value in ("0", "x", "-1")),
-    *((["demo"], {name: value}) for name in ("SEED", "WARMUP_STEPS", "LORA_DIM", "LORA_ALPHA")
+    *((["demo"], {name: value}) for name in ("SEED", "WARMUP_STEPS", "LORA_DIM")
       for value in ("-1", "1.5")),
+    *((["demo"], {"LORA_ALPHA": value}) for value in ("-1", "x", "1.", ".5")),
     *((["demo"], {"LEARNING_RATE": value}) for value in ("fast", "-1", "nan", "e5", ".")),
     ([], {"WORK_DIR": "-x"}), (["demo"], {"WORK_DIR": "@x"}), (["demo"], {"DATA": "--data"}),
     ([], {"WORK_DIR": "work.sh"}), ([], {"WORK_DIR": "work.sh/out"}), ([], {"DATA": "nowhere"}),

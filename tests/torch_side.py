@@ -8,6 +8,9 @@ those of align/, which uses transformers, loralib and PyTorch.
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "align"))
 import loralib  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import torch_beam  # noqa: E402
 import torch_data  # noqa: E402
@@ -142,8 +146,6 @@ def schedule(arrays, steps, **options):
 
 def transformers_schedule(arrays, name, lr, warmup_step, max_step, steps):
     """The same from transformers' schedules, which are torch's LambdaLR."""
-    import transformers
-
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
     if name == "linear":
         rule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_step, max_step)
@@ -204,6 +206,25 @@ def save_odd_tensors(arrays, path, zipped):
             for name, t in tensors.items()}
 
 
+def save_run(arrays, path, zipped):
+    """What training programs store beside the weights; ``names`` of what is neither list nor dict
+    of numbers and tensors."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    weight.grad.zero_()
+    optimizer.step()
+    weight.data.copy_(torch.tensor([1.0, 2.0]))
+    beside = {"dtype": torch.float32, "size": weight.size(), "device": torch.device("cuda:1"),
+              "best": np.float64(0.5), "args": argparse.Namespace(lr=0.1, out=Path("out")),
+              "seen": {1, 2}, "version": torch.__version__, "type": np.float32,
+              "at": datetime.datetime(2025, 1, 1)}
+    torch.save({"state_dict": {"weight": weight}, "optimizer": optimizer.state_dict(),
+                "losses": [0.5] * 1000, "groups": collections.defaultdict(dict), **beside}, path,
+               _use_new_zipfile_serialization=zipped)
+    return {"names": np.array(list(beside))}
+
+
 def save(arrays, path, dtype="float32", zipped=True, wrapped=False):
     """torch.save of the arrays as a state dict; matrices are in column-major order."""
     state = {name: torch.from_numpy(np.asfortranarray(a)).to(getattr(torch, dtype))
@@ -232,16 +253,73 @@ def save_safetensors(arrays, path, dtype="float32"):
     return {}
 
 
+def save_pretrained(arrays, path, dims, **options):
+    """Writes transformers' folder of a random GPT-2; ``logits`` (B, T, V) of ``input_ids``."""
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        **dims, initializer_range=0.25, bos_token_id=0, eos_token_id=0)).eval()
+    for p in model.parameters():  # none keeps an initial value of 0 or 1
+        p.data += torch.randn_like(p) * 0.1
+    model.save_pretrained(path, **options)
+    with torch.no_grad():
+        ids = torch.from_numpy(arrays["input_ids"]).long()
+        return {"logits": model.double()(ids).logits.numpy()}
+
+
 def load_into_model(arrays, path, card, r):
     model = torch_model.build(card, lora_dim=r)
     torch_model.load_weights(model, path)
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
+def folder_logits(arrays, base, adapter=None):
+    """transformers' ``logits`` (B, T, V) of a folder, with PEFT's adapter in it; in float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base).double()
+    if adapter:
+        import peft
+        model = peft.PeftModel.from_pretrained(model, adapter).double()
+    with torch.no_grad():
+        return {"logits": model.eval()(torch.from_numpy(arrays["ids"]).long()).logits.numpy()}
+
+
+def save_adapter(arrays, base, path, scale=0.1, **config):
+    """Saves an adapter of PEFT with random matrices; returns its ``logits`` as above."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base),
+                                peft.LoraConfig(task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += scale * torch.randn_like(p)
+    model.save_pretrained(path)
+    with torch.no_grad():
+        ids = torch.from_numpy(arrays["ids"]).long()
+        return {"logits": model.double().eval()(ids).logits.numpy()}
+
+
+def tokenize(arrays, folder, texts):
+    """The ids of each text by transformers' tokenizers and by ``tokenizers`` itself."""
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    ways = {"slow": AutoTokenizer.from_pretrained(folder, use_fast=False).encode,
+            "fast": AutoTokenizer.from_pretrained(folder).encode,
+            "alone": lambda text: tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
+            .encode(text).ids}
+    return {f"{way} {n}": np.array(encode(text), int) for way, encode in ways.items()
+            for n, text in enumerate(texts)}
+
+
 OPERATIONS = {function.__name__: function for function in (
     permutations, batches, distributed, logits, loss_and_gradients, lora_state, merged_linear,
-    adamw, clip, schedule, transformers_schedule, beam_search, warp, save_odd_tensors, save,
-    save_safetensors, load, load_into_model)}
+    adamw, clip, schedule, transformers_schedule, beam_search, warp, save_odd_tensors, save_run,
+    save, save_safetensors, save_pretrained, load, load_into_model, folder_logits, save_adapter,
+    tokenize)}
 
 
 def main() -> None:

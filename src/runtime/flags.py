@@ -9,7 +9,7 @@ import os
 import sys
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Callable, Collection, TypeVar
+from typing import Any, Callable, Collection, NoReturn, TypeVar
 
 from runtime.digests import sha256
 from runtime.errors import InputError, one_line
@@ -45,6 +45,12 @@ def between(least: float, most: float) -> Callable[[str], float]:
     return _checked(float, lambda value: least <= value <= most, f"in [{least}, {most}]")
 
 
+def number(text: str) -> int | float:
+    """A number; an int if it is whole, however it is written."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 seed = _checked(int, lambda value: 0 <= value < 2**31, "in [0, 2**31)")
 share = _checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
 # Decimal, so that 0.01 is a hundredth exactly
@@ -75,13 +81,15 @@ def add_resume_flag(parser: argparse.ArgumentParser, what: str) -> None:
                                            "auto: begin anew if it had other settings")
 
 
-def settings_of(args: argparse.Namespace, free: Collection[str],
-                files: Collection[str]) -> dict[str, object]:
-    """What a run must share with the one that it continues, by flag; for a file its SHA-256.
+def settings_of(args: argparse.Namespace, free: Collection[str], files: Collection[str],
+                digest: Callable[[Path], str] = sha256) -> dict[str, object]:
+    """What a run must share with the one that it continues, by flag; for a file its digest.
 
-    ``free`` are the flags that may differ, ``files`` those that name a file.
+    ``free`` are the flags that may differ, ``files`` those that name a file or a folder, of which
+    ``digest`` gives the digest.
     """
-    return {name: sha256(Path(value)) if name in files and value and Path(value).is_file()
+    return {name: digest(Path(value)) if name in files and value
+            and (Path(value).is_file() or Path(value).is_dir())
             else value for name, value in vars(args).items() if name not in free}
 
 
@@ -143,6 +151,11 @@ class ArgumentParser(argparse.ArgumentParser):
                 words += [f"--{name}"] if value is None else [f"--{name}", value]
         return super().parse_args(words, namespace)
 
-    def error(self, message):
+    def error(self, message) -> NoReturn:
         # The message may hold words of a file. argparse would print the usage before it.
         self.exit(2, f"error: {one_line(message)}; --help lists the flags\n")
+
+
+def wrong(message: str) -> NoReturn:
+    """Ends a script as a mistake in its flags does, with one line and exit code 2."""
+    ArgumentParser(None).error(message)

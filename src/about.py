@@ -1,0 +1,152 @@
+"""What a checkpoint says about itself, and what flags that are not given take from it.
+
+A checkpoint of this program holds, beside its weights, the entry ``about``: JSON with the LoRA
+settings, the dimensions of the model, the data set and the step. A file of other programs may have
+a config.json beside it, which states the dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import hf_config
+import peft_adapter
+import weight_files
+from config import MODEL_CARDS, GPT2Config, LoRAConfig, card_of, config_of
+from runtime.errors import InputError
+
+VERSION = 1  # of the entry; a reader must know it
+LORA_DEFAULTS = {"lora_dim": 0, "lora_alpha": 128}  # the original's
+
+
+def describe(config: GPT2Config, lora: LoRAConfig, data: str, step: int) -> str:
+    """The entry of a model after ``step`` micro-batches on the data set named ``data``."""
+    card = card_of(config)
+    return json.dumps({
+        "version": VERSION, "model_card": card if card in MODEL_CARDS else "auto",
+        "config": asdict(config), "lora_dim": lora.r, "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout, "data": data, "step": step})
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a checkpoint; None stands for what is not."""
+
+    path: Path  # of the file that says so
+    config: GPT2Config | None = None
+    lora_dim: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+
+
+def read(path: Path) -> About:
+    """What is known of the checkpoint at ``path``: a file, a folder, an index or a PEFT adapter.
+
+    Reads no weights but those of an adapter. Raises InputError if a file is missing or
+    damaged, or cannot run here.
+    """
+    if peft_adapter.folder_of(path):
+        lora = peft_adapter.in_its_layers(peft_adapter.read(path))
+        return About(path, None, lora.r, lora.alpha)
+    place = weight_files.locate(path)
+    note = weight_files.read_note(place, "about")
+    about = _parsed(note, place) if note else None
+    config = hf_config.path_beside(place)
+    if about is None and config:
+        return About(config, hf_config.read(config))
+    return about or About(place)
+
+
+def _parsed(note: str, path: Path) -> About | None:
+    """The entry of a checkpoint, or of the state of a run; None if it is of another program."""
+    try:
+        if sum(map(note.count, "[{")) > 1 << 16:  # each takes some 100 bytes of memory
+            return None
+        entry: Any = json.loads(note)
+        if "settings" in entry:  # of resume.STEP.pt
+            entry = entry["settings"]
+            config = MODEL_CARDS.get(entry["model_card"])
+        elif entry["version"] == VERSION:
+            config = config_of(entry["config"])
+        elif entry["version"] in range(VERSION, 1000):
+            raise InputError(f"{path}: of a newer version of this program; update this one")
+        else:
+            return None
+        dim, alpha = entry["lora_dim"], entry["lora_alpha"]
+        if type(dim) is not int or type(alpha) not in (int, float) \
+                or not (0 <= dim < 1 << 20 and 0 <= alpha < 1e30):
+            return None
+        dropout = entry.get("lora_dropout", 0)
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+            return None
+        return About(path, config, dim, alpha, dropout)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def complete(args: argparse.Namespace, default_card: str,
+             say: Callable[[str], None]) -> GPT2Config:
+    """Sets --model_card, --lora_dim and --lora_alpha where they are not given; the dimensions.
+
+    They are those of the checkpoints, if these say them, else the defaults; ``say`` gets a line
+    with those taken from a file. Raises InputError where a flag contradicts its file.
+    """
+    base = read(Path(args.init_checkpoint)) if args.init_checkpoint else None
+    lora = read(Path(args.lora_checkpoint)) if args.lora_checkpoint else base
+    taken: dict[Path, list[str]] = {}
+    known = [(about.path, about.config) for about in (base, lora) if about and about.config]
+    config = _complete_card(args, default_card, known, taken)
+    if lora and lora.lora_dim and args.lora_dim != 0:  # --lora_dim 0: the base alone
+        for flag in LORA_DEFAULTS:
+            _settle(args, flag, getattr(lora, flag), lora.path, taken)
+    for flag, default in LORA_DEFAULTS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
+    for path, flags in taken.items():
+        say(f"{path}: taken from it: {', '.join(flags)}")
+    return config
+
+
+def _complete_card(args: argparse.Namespace, default: str, known: list[tuple[Path, GPT2Config]],
+                   taken: dict[Path, list[str]]) -> GPT2Config:
+    given = None if args.model_card == "auto" else args.model_card
+    if not known:
+        if args.model_card == "auto":
+            raise InputError(f"{args.init_checkpoint}: neither this file nor a config.json beside "
+                             "it says the model's dimensions; name them by --model_card")
+        args.model_card = given or default
+        return MODEL_CARDS[args.model_card]
+    (path, config), (other_path, other) = known[0], known[-1]
+    if config != other:
+        raise InputError(f"{other_path}: trained on another base than {path}: "
+                         f"{_difference(other, config, 'that')}; give its own")
+    if given and MODEL_CARDS[given] != config:
+        if path.name == "config.json":
+            raise InputError(f"{path}: {_difference(config, MODEL_CARDS[given], given)}; leave "
+                             "--model_card out, or this file is not of these weights")
+        raise InputError(f"{path}: trained with --model_card {card_of(config)}, not {given}; leave "
+                         "the flag out")
+    args.model_card = card_of(config)
+    if not given:
+        taken.setdefault(path, []).append(f"--model_card {args.model_card}")
+    return config
+
+
+def _settle(args: argparse.Namespace, flag: str, value: object, path: Path,
+            taken: dict[Path, list[str]]) -> None:
+    given = getattr(args, flag)
+    if given is None:
+        setattr(args, flag, value)
+        taken.setdefault(path, []).append(f"--{flag} {value}")
+    elif given != value:
+        raise InputError(f"{path}: trained with --{flag} {value}, not {given}; leave the flag out")
+
+
+def _difference(one: GPT2Config, other: GPT2Config, where: str) -> str:
+    """The first dimension in which they differ, as "n_head is 8, but 12 in gpt2.sm"."""
+    name = next(name for name in asdict(one) if getattr(one, name) != getattr(other, name))
+    return f"{name} is {getattr(one, name)}, but {getattr(other, name)} in {where}"

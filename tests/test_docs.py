@@ -23,7 +23,7 @@ from conftest import ROOT, run_main
 
 TWINS = [("README.md", "README.cn.md"), ("align/README.md", "align/README.cn.md"),
          *((f"docs/{name}.md", f"docs/{name}.cn.md")
-           for name in ("reference", "running", "design"))]
+           for name in ("reference", "running", "design", "peft"))]
 REFERENCES = ["docs/reference.md", "docs/reference.cn.md"]
 DOCUMENTS = sorted({str(path.relative_to(ROOT)) for path in (
     *ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("align/README*.md"),
@@ -198,7 +198,7 @@ def contradictions(rows: list[Row], flags: list[dict], prose: bool = False) -> l
 
 CONVERTERS = tuple(f"src/format_converting_{name}.py" for name in ("e2e", "webnlg", "dart"))
 STAGES = (*CONVERTERS, "src/gpt2_encode.py", "src/gpt2_ft.py",
-          "src/gpt2_beam.py", "src/gpt2_generate.py", "src/gpt2_decode.py",
+          "src/gpt2_beam.py", "src/gpt2_generate.py", "src/gpt2_decode.py", "src/gpt2_export.py",
           "eval/e2e/measure_scores.py", "eval/eval_m.py")
 OTHERS = ("data/download_data.py", "pretrained_checkpoints/download_checkpoints.py",
           "vocab/download_vocab.py", "data/demo/generate.py", "data/demo/report.py")

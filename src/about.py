@@ -41,6 +41,7 @@ class About:
     lora_dim: int | None = None
     lora_alpha: float | None = None
     lora_dropout: float | None = None
+    trained: str = ""  # "400 micro-batches on e2e"
 
 
 def read(path: Path) -> About:
@@ -83,7 +84,10 @@ def _parsed(note: str, path: Path) -> About | None:
         dropout = entry.get("lora_dropout", 0)
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             return None
-        return About(path, config, dim, alpha, dropout)
+        data, step = entry.get("data"), entry.get("step")
+        trained = (f"{step} micro-batches on {data}" if type(step) is int and isinstance(data, str)
+                   and data and data.isprintable() else "")
+        return About(path, config, dim, alpha, dropout, trained)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
 

@@ -161,7 +161,8 @@ def write_lora(folder: Path, args: argparse.Namespace, config: GPT2Config, base:
             "model_state_dict": lora.weights,
             "about": about.describe(config, LoRAConfig(lora.r, lora.alpha, dropout), "", 0)})
     else:
-        peft_adapter.write(folder, lora, dropout, args.base_model)
+        trained = about.read(Path(path)).trained
+        peft_adapter.write(folder, lora, dropout, trained, args.base_model)
     return (f"LoRA of rank {lora.r} and alpha {lora.alpha:g} on "
             f"{peft_adapter.thirds(lora.enable)}")
 

@@ -65,7 +65,8 @@ tags:
 
 # LoRA for GPT-2
 
-Trained with LoRA + GPT-2 + Jittor: rank {r}, alpha {alpha:g}, on the {thirds} of the attention.
+Trained with LoRA + GPT-2 + Jittor{trained}: rank {r}, alpha {alpha:g}, dropout
+{dropout:g}, on the {thirds} of the attention.
 PEFT has one LoRA for query, key and value together; as such its rank is {R}, its lora_alpha {L:g}.
 
 ```python
@@ -410,10 +411,12 @@ def _wide(A: np.ndarray, B: np.ndarray, enable: tuple[bool, ...],
     return A[:times * r], wide.reshape(-1, times * r), times
 
 
-def write(folder: Path, lora: OurLoRA, dropout: float, base_model: str | None) -> None:
+def write(folder: Path, lora: OurLoRA, dropout: float, trained: str,
+          base_model: str | None) -> None:
     """Writes our LoRA as an adapter: adapter_config.json, adapter_model.safetensors, README.md.
 
-    ``base_model`` is the base's name on the Hub or its folder. Raises InputError if all is zero.
+    ``trained`` says how long and on what, or is empty; ``base_model`` is the base's name on the Hub
+    or its folder. Raises InputError if all is zero.
     """
     adapter = from_lora(lora, folder)
     if not adapter.layers:
@@ -445,6 +448,7 @@ def write(folder: Path, lora: OurLoRA, dropout: float, base_model: str | None) -
     (folder / "README.md").write_text(README.format(
         base_model=f"base_model: {hub}\n" if hub else "",
         tag=f'- "base_model:adapter:{hub}"\n' if hub else "", base=hub or "BASE",
+        trained=f" for {trained}" if trained else "", dropout=dropout,
         r=lora.r, alpha=lora.alpha, R=low.rank, L=low.alpha, thirds=thirds(lora.enable)), "utf-8")
 
 

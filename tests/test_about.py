@@ -62,7 +62,8 @@ def test_the_entry(write):
     assert entry["model_card"] == "gpt2.nano" and str(entry["lora_alpha"]) == "32"
     for name in ("model.7.pt", "model.safetensors"):
         path = write(name, TINY, 3, 27.5)
-        assert about.read(path) == about.About(path, TINY, 3, 27.5, 0.1)
+        assert about.read(path) == about.About(
+            path, TINY, 3, 27.5, 0.1, "200 micro-batches on e2e")
         folder = write(f"folder/{name}", TINY, 3, 27.5).parent
     assert about.read(folder).config == TINY
 

@@ -147,7 +147,7 @@ def test_as_our_lora(interop, base, expected, name):
                                   "one_layer", "no_key_one_layer"])
 def test_written_again_are_the_same_matrices(interop, tmp_path, name):
     lora = peft_adapter.as_lora(peft_adapter.read(interop / name), TINY)
-    peft_adapter.write(tmp_path, lora, 0.0, None)
+    peft_adapter.write(tmp_path, lora, 0.0, "", None)
     theirs, ours = (safetensors.numpy.load_file(folder / "adapter_model.safetensors")
                     for folder in (interop / name, tmp_path))
     assert ours.keys() == theirs.keys()
@@ -162,7 +162,10 @@ def test_written_again_are_the_same_matrices(interop, tmp_path, name):
 
 def test_ours_exported_and_read_again(interop, tmp_path):
     weights = read_weights(interop / "ours_r3_alpha7.safetensors")
-    peft_adapter.write(tmp_path, peft_adapter.our_lora(weights, 7.0, "it"), 0.1, "gpt2")
+    lora = peft_adapter.our_lora(weights, 7.0, "it")
+    peft_adapter.write(tmp_path, lora, 0.1, "9 micro-batches on e2e", "gpt2")
+    assert "Trained with LoRA + GPT-2 + Jittor for 9 micro-batches on e2e: rank 3, alpha 7" in (
+        tmp_path / "README.md").read_text()
     again = peft_adapter.as_lora(peft_adapter.read(tmp_path), TINY)
     assert (again.r, again.alpha, again.enable) == (3, 7.0, (True, False, True))
     assert again.weights.keys() == weights.keys()
@@ -188,7 +191,7 @@ def test_round_trip_of_ours(tmp_path_factory, r, alpha, key, without, seed):
                random.normal(size=shape).astype(np.float32) * (n not in without)
                for n in range(3) for part, shape in shapes.items()}
     folder = tmp_path_factory.mktemp("adapter")
-    peft_adapter.write(folder, OurLoRA(r, alpha, enable, weights), 0.0, None)
+    peft_adapter.write(folder, OurLoRA(r, alpha, enable, weights), 0.0, "", None)
     adapter = peft_adapter.read(folder)
     again = peft_adapter.as_lora(adapter, GPT2Config(3, C, 2, 9, 9))
     base = {f"transformer.h.{n}.attn.c_attn.weight": random.normal(size=(C, 3 * C))
@@ -247,7 +250,7 @@ def test_peft_opens_what_we_write(interop, base, torch_side, tmp_path, enable, b
         key = f"transformer.h.1.{name}.bias"
         weights[key] = random.normal(size=base[key].shape).astype(np.float32)
     lora = OurLoRA(3, 2.5, enable, weights)
-    peft_adapter.write(tmp_path, lora, 0.1, str(interop / "base"))
+    peft_adapter.write(tmp_path, lora, 0.1, "", str(interop / "base"))
     truth = torch_side("folder_logits", {"ids": IDS}, base=str(interop / "base"),
                        adapter=str(tmp_path))["logits"]
     wanted = logits(with_lora(lora, base), IDS)
@@ -559,7 +562,7 @@ def test_scripts_take_adapters(tiny, tmp_path):
         weights = {f"transformer.h.{n}.attn.c_attn.lora_{part}": random.normal(0, 0.3, shape)
                    .astype(np.float32) for n in range(2)
                    for part, shape in (("A", (6, C)), ("B", (3 * C, 2)))}
-        peft_adapter.write(adapter, OurLoRA(2, 3.5, (True, True, True), weights), 0.0, None)
+        peft_adapter.write(adapter, OurLoRA(2, 3.5, (True, True, True), weights), 0.0, "", None)
 
     def train(folder, *flags):
         return run_main(gpt2_ft.main, [

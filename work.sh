@@ -198,7 +198,7 @@ last_checkpoint() {  # FOLDER
 
 decode_and_score_e2e() {  # PREDICTIONS
     local texts="${WORK_DIR%/}/"
-    # The user's document has these names in the root, which belongs to the default folder alone.
+    # The default folder has these names in the root; other folders keep theirs inside.
     [[ ! "$WORK_DIR" -ef ./trained_models/GPT2_M/e2e ]] || texts=""
     decode "$WORK_DIR/$1" "${texts}e2e_ref.txt" "${texts}e2e_pred.txt"
     if [[ ! -e "${texts}e2e_ref.txt" ]]; then
@@ -260,6 +260,9 @@ run_experiment() {
     base="${INIT_CHECKPOINT:-${base:+./pretrained_checkpoints/$base}}"
     if [[ -z "$base" ]]; then
         fail 1 "no published weights for MODEL_CARD=$MODEL_CARD; set INIT_CHECKPOINT"
+    fi
+    if [[ -n "${INIT_CHECKPOINT:-}" && ! -e "$base" ]]; then
+        fail 1 "INIT_CHECKPOINT=$base: no such file or folder"
     fi
     need "$base" "bash download_pretrained_checkpoints.sh ${MODEL_CARD#gpt2.}"
     fetch="bash data/download_data.sh $experiment && bash create_datasets.sh $experiment"

@@ -34,6 +34,9 @@ def load(model: GPT2LMModel, init_checkpoint: str | None, lora_checkpoint: str |
         if len(lora_part(weights)) == len(weights):
             raise InputError(f"{init_checkpoint}: holds LoRA matrices only; give the base model as "
                              f"--init_checkpoint and this file as --lora_checkpoint")
+        if has_lora and not model.lora_config.r:
+            raise InputError(f"{init_checkpoint}: holds LoRA matrices, for which --lora_dim 0 has "
+                             "no place; give their rank, or the base without them")
         _enable_lora(model, weights)
         _fill(model, weights, init_checkpoint, optional="" if has_lora else "lora_")
     if lora_checkpoint:

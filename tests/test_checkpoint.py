@@ -238,6 +238,9 @@ def test_lora_file_as_base_and_base_as_lora(checkpoint, refused, small_model, tm
         checkpoint.load(small_model(seed=3), str(base), lora_required=True)
     checkpoint.load(small_model(seed=3), str(base), str(lora), lora_required=True)
     checkpoint.load(small_model(seed=3, r=0), str(base), lora_required=True)
+    checkpoint.save_model(small_model(seed=1), base)
+    with pytest.raises(InputError, match="base.pt: holds LoRA matrices, for which --lora_dim 0"):
+        checkpoint.load(small_model(seed=3, r=0), str(base))
 
 
 def test_untied_head(refused, saved, small_model):

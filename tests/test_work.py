@@ -502,6 +502,7 @@ def test_create_datasets_in_a_folder_of_the_user(clone):
     ([], {"WORK_DIR": "-x"}), (["demo"], {"WORK_DIR": "@x"}), (["demo"], {"DATA": "--data"}),
     ([], {"WORK_DIR": "work.sh"}), ([], {"WORK_DIR": "work.sh/out"}), ([], {"DATA": "nowhere"}),
     ([], {"INIT_CHECKPOINT": "-m"}),
+    ([], {"INIT_CHECKPOINT": "nowhere"}),
 ])
 def test_wrong_values_are_refused_before_anything_happens(clone, words, variables):
     (clone.folder / "setup.sh").write_text("touch ran\n")

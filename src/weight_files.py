@@ -88,10 +88,10 @@ def digest(path: Path) -> str:
     if path.is_file() and not _is_index(path):
         return sha256(path)
     folder = path if path.is_dir() else path.parent
-    index = next((folder / name for name in IN_FOLDER if (folder / name).is_file()), None)
+    place = next((path / name for name in IN_FOLDER if (path / name).is_file()), path)
     names = [*IN_FOLDER[::2], "config.json", *ADAPTER]
-    if index and _is_index(index):
-        names += [index.name, *sorted(set(_index(index).values()))]
+    if _is_index(place):
+        names += [place.name, *sorted(set(_index(place).values()))]
     digests = [f"{name} {sha256(folder / name)}\n" for name in names if (folder / name).is_file()]
     return hashlib.sha256("".join(digests).encode("utf-8", "surrogateescape")).hexdigest()
 

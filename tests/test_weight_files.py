@@ -182,6 +182,17 @@ def test_digests_cover_all_files(folders, tmp_path):
     assert weight_files.digest(file) != weight_files.digest(file.parent)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin.index.json", "model.fp32.bin.index.json"])
+def test_the_digest_of_an_index_covers_its_own_shards(folders, tmp_path, name):
+    folder = shutil.copytree(folders[0] / "bin shards", tmp_path / "both")
+    shutil.copy(folders[0] / "safetensors/model.safetensors", folder)  # a folder's first choice
+    index = (folder / "pytorch_model.bin.index.json").rename(folder / name)
+    before = weight_files.digest(index)
+    shard = next(folder.glob("*-of-*.bin"))
+    shard.write_bytes(shard.read_bytes() + b" ")
+    assert weight_files.digest(index) != before
+
+
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "llama"}, "model_type is llama, only gpt2 can run here"),
     ({"activation_function": "gelu"}, "activation_function is gelu, only gelu_new can run here"),

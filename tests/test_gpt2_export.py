@@ -252,6 +252,10 @@ def test_a_killed_export_leaves_nothing_for_long(root, tmp_path):
     with exported(tmp_path / "out", "hf"):
         assert len(list(tmp_path.glob(".out.*.part"))) == 1
     assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / ".out.mine.part").mkdir()  # a name that no export has
+    with exported(tmp_path / "out", "hf"):
+        pass
+    assert (tmp_path / ".out.mine.part").is_dir()
 
 
 @pytest.mark.parametrize("kind, flags, reason", [

@@ -82,7 +82,7 @@ def _require_replaceable(path: Path, kind: str) -> None:
 
 def _clear_parts(path: Path) -> None:
     """Removes the half-written folders that killed processes left beside ``path``."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.part"):
         with suppress(OSError):
             handle = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
             try:

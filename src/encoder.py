@@ -7,7 +7,6 @@ merged, until no pair of the table is left.
 
 from __future__ import annotations
 
-import json
 import os
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
@@ -17,7 +16,7 @@ from typing import Iterable
 import regex
 
 from runtime.errors import InputError
-from runtime.formats import read_lines
+from runtime.formats import read_json, read_lines
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -131,10 +130,7 @@ def get_encoder(vocab_dir: str | os.PathLike) -> Encoder:
     remedy = f"run: python vocab/download_vocab.py {vocab_dir}"
     tokens, table = Path(vocab_dir, "encoder.json"), Path(vocab_dir, "vocab.bpe")
 
-    try:
-        vocabulary = json.loads("\n".join(read_lines(tokens, remedy)))
-    except (ValueError, RecursionError):
-        raise InputError(f"{tokens}: not JSON; {remedy}") from None
+    vocabulary = read_json(tokens, remedy)
     if not isinstance(vocabulary, dict) or not all(type(v) is int for v in vocabulary.values()):
         raise InputError(f"{tokens}: not a JSON object of token ids; {remedy}")
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from config import GPT2Config
 from encoder import END_OF_TEXT, get_encoder
 from runtime.errors import InputError
-from runtime.formats import read_lines
+from runtime.formats import read_json, read_lines
 from weights import Weights, write_safetensors
 
 VOCABULARY = 50257  # tokens of GPT-2's
@@ -74,7 +75,7 @@ def write_tokenizer(folder: Path, vocab: Path, n_positions: int) -> None:
         shutil.copyfile(vocab / "vocab.bpe", folder / "merges.txt")
     except OSError as error:
         raise InputError(f"{vocab}: its files cannot be copied: {error.strerror}") from None
-    tokens = json.loads("\n".join(read_lines(vocab / "encoder.json")))
+    tokens: Any = read_json(vocab / "encoder.json")
     lines = read_lines(vocab / "vocab.bpe")
     merges = lines[1:] if lines[0].startswith("#version") else lines
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,

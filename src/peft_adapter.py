@@ -175,15 +175,7 @@ def read(path: str | os.PathLike) -> Adapter:
 
 
 def _read_config(folder: Path) -> dict:
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except OSError as error:
-        raise InputError(f"{folder / CONFIG}: cannot be read: {error.strerror}; check the path"
-                         ) from None
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / CONFIG}: not a JSON object; save the adapter again")
+    config = weight_files.read_json(folder / CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(f"{folder}: an adapter of type {kind}; only LORA can be read")
@@ -191,7 +183,7 @@ def _read_config(folder: Path) -> dict:
     if isinstance(init, (list, dict)) or init not in PLAIN_INITS:
         raise InputError(f"{folder}: init_lora_weights is {init}, whose base differs from GPT-2's; "
                          "convert it in PEFT first (path_initial_model_for_weight_conversion)")
-    for key in config.keys() - KNOWN_KEYS:
+    for key in sorted(config.keys() - KNOWN_KEYS):
         if config[key] not in (None, False, [], {}, ""):
             reason = REASONS.get(key, f"{CONFIG} sets {key}, which is not known here")
             raise InputError(f"{folder}: {reason}")

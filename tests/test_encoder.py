@@ -140,7 +140,7 @@ def cut_table(table):  # at the end of a line, so that every remaining line is c
 @pytest.mark.parametrize("damage, message", [
     (lambda tokens, table: tokens.unlink(), "encoder.json: no such file"),
     (lambda tokens, table: table.unlink(), "vocab.bpe: no such file"),
-    (lambda tokens, table: tokens.write_text(tokens.read_text()[:99]), "encoder.json: not JSON"),
+    (lambda tokens, table: tokens.write_text(tokens.read_text()[:99]), "encoder.json:1: no JSON"),
     (lambda tokens, table: tokens.write_text("[1, 2]"), "encoder.json: not a JSON object"),
     (lambda tokens, table: tokens.write_text('{"a": "b"}'), "encoder.json: not a JSON object"),
     (lambda tokens, table: tokens.write_bytes(b"\xff\xfe"), "encoder.json:1: not UTF-8"),

@@ -399,7 +399,7 @@ def test_what_is_a_folder_of_an_adapter(interop, tmp_path):
     with pytest.raises(InputError, match="neither adapter_model.safetensors nor"):
         peft_adapter.read(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[")
-    with pytest.raises(InputError, match="adapter_config.json: not a JSON object"):
+    with pytest.raises(InputError, match="adapter_config.json: no JSON object; fetch or save it"):
         peft_adapter.read(tmp_path)
 
 

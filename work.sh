@@ -235,7 +235,7 @@ decode_and_score_triples() {  # PREDICTIONS
             --ref_type "$experiment" --ref_num 6 --tokenize --lower --filter "$part"
         if [[ ! -e "$WORK_DIR/references$name" ]]; then
             echo "no references, so no scores; texts: $WORK_DIR/hypothesis$name"
-            return
+            if [[ "$part" == all ]]; then return; else continue; fi
         fi
         score_to "$WORK_DIR/scores$name.txt" eval/eval_m.py -who "$experiment, $part" \
             -R "$WORK_DIR/references$name/reference" -H "$WORK_DIR/hypothesis$name" -nr 6 \

@@ -137,8 +137,8 @@ def test_missing_files_name_the_command_that_fetches_them(copy):
 
 
 # Records its words. Training leaves the checkpoints STEPS and, if LAST is set, metrics.csv up to
-# LAST. Decoding leaves references unless UNREFERENCED is set. Scoring prints SCORES and ends with
-# exit code SCORED.
+# LAST. Decoding leaves references unless the name of their file fits the pattern UNREFERENCED.
+# Scoring prints SCORES and ends with exit code SCORED.
 # The stage WAITS_IN ends when a line can be read from GATE.
 PYTHON = """#!/usr/bin/env bash
 [[ "${1:-}" == *.py ]] || exit 0
@@ -148,7 +148,7 @@ echo >> "$CALLS"
 [[ "$stage" != "${WAITS_IN:-}" ]] || read -r < "$GATE"
 [[ "$stage" != @(measure_scores|eval_m) ]] || { printf "${SCORES:-}"; exit "${SCORED:-0}"; }
 while [[ "$stage" == gpt2_decode && $# != 0 ]]; do
-    [[ "$1" != --output_ref_file || -n "${UNREFERENCED:-}" ]] || touch "$2"
+    [[ "$1" != --output_ref_file || "$2" == ${UNREFERENCED:-} ]] || touch "$2"
     shift
 done
 [[ "$stage" == gpt2_ft ]] || exit 0
@@ -307,11 +307,23 @@ def test_texts_and_scores_stay_in_their_work_dir(clone):
 def test_inputs_without_references_have_no_scores(clone, words):
     clone.make(*(f"data/webnlg_challenge_2017/{file}.jsonl" for file in (
         "train", "valid", "test", "test_formatted")))
-    done = clone.run(*words, UNREFERENCED=1, WORK_DIR="out")
+    done = clone.run(*words, UNREFERENCED="*", WORK_DIR="out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("no references, so no scores; texts: out/")
     assert not clone.called("measure_scores") + clone.called("eval_m") + clone.called(
         "record_scores")
+
+
+def test_a_part_without_references_has_no_scores(clone):
+    clone.make(*(f"data/webnlg_challenge_2017/{file}.jsonl" for file in ("train", "valid", "test")))
+    clone.make("data/webnlg_challenge_2017/test_formatted.jsonl", text="".join(
+        json.dumps({"context": "a", "cate": cate}) + "\n" for cate in (True, False)))
+    done = clone.run("webnlg", UNREFERENCED="*.seen", WORK_DIR="out", SCORES="a table\n")
+    assert done.returncode == 0, done.stderr
+    assert "no references, so no scores; texts: out/hypothesis.seen" in done.stdout
+    assert done.stdout.count("a table") == 2
+    words, = clone.called("record_scores")
+    assert words[-2:] == ["scores.json", "scores.unseen.json"]
 
 
 @pytest.mark.parametrize("words, name", [([], "scores.txt"), (["demo"], "lora_scores.txt")])

@@ -217,6 +217,12 @@ def read_data(args: argparse.Namespace, config: GPT2Config):
     return sets
 
 
+def name_of(train_data: str) -> str:
+    """What checkpoints call a data set: the name of its folder, of data/e2e/whole "e2e/whole"."""
+    folder = Path(train_data).resolve().parent
+    return "/".join(folder.parts[-2:] if folder.name in ("whole", "work") else folder.parts[-1:])
+
+
 def require_memory(args: argparse.Namespace, config: GPT2Config, data) -> None:
     """Raises InputError if there is too little memory for the weights and the largest batch."""
     lengths = sorted(min(len(context + completion), args.seq_len)
@@ -280,7 +286,7 @@ def main() -> None:
         log_interval=args.log_interval, eval_interval=args.eval_interval,
         save_interval=args.save_interval, state_interval=args.state_interval,
         keep_last=args.keep_last, settings=settings,
-        data=Path(args.train_data).resolve().parent.name,
+        data=name_of(args.train_data),
         title=f"{args.model_card}, {f'LoRA rank {args.lora_dim}' if args.lora_dim else 'no LoRA'}, "
               f"{args.train_data}")
     if is_finished(args, settings):

@@ -176,6 +176,15 @@ def test_checkpoints_know_themselves(trained, base, data):
                            "step": 1}
 
 
+@pytest.mark.parametrize("path, name", [
+    ("data/e2e/train.jsonl", "e2e"), ("data/e2e/whole/train.jsonl", "e2e/whole"),
+    ("data/demo/work/train.jsonl", "demo/work"), ("/train.jsonl", "/")])
+def test_names_of_data_sets(path, name):
+    import gpt2_ft
+
+    assert gpt2_ft.name_of(path) == name
+
+
 def test_same_seed_same_files(root, data, base, trained, tmp_path):
     _, folder = trained
     assert train(root, data, tmp_path, "--init_checkpoint", base,

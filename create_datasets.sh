@@ -38,7 +38,11 @@ create() {  # DATA_SET RAW_FILE NAME
 
 case "${PRESET:-}" in
 "") fraction="${FRACTION:-0.01}" ;;
-paper) fraction=1 ;;
+paper)
+    fraction=1
+    [[ -z "${FRACTION:-}" || "$FRACTION" == 1 ]] ||
+        fail 2 "FRACTION=$FRACTION: PRESET=paper takes the whole data"
+    ;;
 *) fail 2 "PRESET=$PRESET: must be paper, or not set" ;;
 esac
 asked=("$@")

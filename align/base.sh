@@ -38,8 +38,15 @@ if (( ${#texts[@]} == 0 )); then
     echo "error: no training text; run: bash data/download_data.sh e2e webnlg dart" >&2
     exit 1
 fi
-cat "${texts[@]}" | awk -v folder="$folder" \
-    '{ print > (folder "/" (NR % 100 ? "train" : "valid") "_formatted.jsonl") }'
+# awk divides the files into lines itself, since the last line of one may have no line end.
+folder="$folder" awk '
+    BEGIN {
+        train = ENVIRON["folder"] "/train_formatted.jsonl"
+        valid = ENVIRON["folder"] "/valid_formatted.jsonl"
+        printf "" > train
+        printf "" > valid
+    }
+    { print > (NR % 100 ? train : valid) }' "${texts[@]}"
 for name in train valid; do
     python src/gpt2_encode.py --vocab vocab --input "$folder/${name}_formatted.jsonl" \
         --output "$folder/$name.jsonl" --add_bos --add_eos

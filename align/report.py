@@ -145,7 +145,7 @@ def _pace(side: Path, size: int) -> float:
 
 
 def _scores(side: Path) -> dict[str, float]:
-    """The scores by name; without BLEU the folder holds none."""
+    """The scores in a side's folder by name, in the order of METRICS."""
     (scores,) = read_jsonl(side / "scores.json", {}, "run align/run.sh without --report_only")
     return {metric: scores[metric] for metric in METRICS if metric in scores}
 

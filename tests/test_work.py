@@ -475,6 +475,7 @@ def test_create_datasets_takes_what_is_there(clone, there, words, made, said):
     (RAW["e2e"] + RAW["dart"][1:], [], {}, 1, "full-train.json: no such file"),
     (RAW["e2e"], ["e2e", "nlg"], {}, 2, "nlg: no data set"),
     (RAW["e2e"], [], {"PRESET": "mine"}, 2, "PRESET=mine"),
+    (RAW["e2e"], [], {"PRESET": "paper", "FRACTION": "0.5"}, 2, "FRACTION=0.5: PRESET=paper"),
     (RAW["e2e"], ["e2e", "dart"], {"DATA_DIR": "data/e2e"}, 2, "name only one"),
     (RAW["e2e"], [], {"DATA_DIR": "nowhere"}, 1, "nowhere/train.txt: no such file"),
 ])

@@ -137,7 +137,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
     for name in FILES:
         if not (data / name).is_file():
             raise InputError(f"{data / name}: no such file; {remedy}")
-    args.data = data
+    args.samples = data
     samples = read_jsonl(data / "test.jsonl", {"context": list, "completion": list})
     texts = read_jsonl(data / "test_formatted.jsonl", {"context": str, "completion": str})
     if len(samples) != len(texts):
@@ -159,10 +159,10 @@ def prepare(args: argparse.Namespace, folder: Path) -> Path:
         return folder / "base.pt"
     if args.base:
         return Path(args.base)
-    if len(args.flags) == 1 and args.card in PUBLISHED:  # not the demo
+    if args.data != "demo" and args.card in PUBLISHED:
         return ROOT / "pretrained_checkpoints" / f"{PUBLISHED[args.card]}-pytorch_model.bin"
     place, remedy = "trained_models/demo/base", "run: bash work.sh demo"
-    if len(args.flags) == 1:
+    if args.data != "demo":
         place, remedy = "trained_models/align_base", "run: bash align/base.sh"
     bases = sorted((ROOT / place).glob("model.[0-9]*.pt"), key=os.path.getmtime)
     if not bases:
@@ -181,7 +181,8 @@ def experiment(args: argparse.Namespace, folder: Path, base: Path, seed: int, si
     length = ["--max_step", args.steps, "--max_epoch", args.steps] if args.steps else []
     log(f"== {args.name}, seed {seed}: {side}")
     execute(train, *model, *length, "--random_seed", seed,
-            "--train_data", args.data / "train.jsonl", "--valid_data", args.data / "valid.jsonl",
+            "--train_data", args.samples / "train.jsonl",
+            "--valid_data", args.samples / "valid.jsonl",
             "--init_checkpoint", base, "--lora_checkpoint", lora, *shlex.split(args.train_flags),
             *(["--lora_dropout", "0"] if args.strict else []))
     checkpoint = report.last_checkpoint(out)

@@ -184,7 +184,8 @@ def test_documents_have_a_place_for_the_results(root):
 
 @pytest.mark.parametrize("flags, code, found", [
     (["none"], 1, "none"), (["demo", "--seeds", "2025"], 2, "three seeds"),
-    (["e2e", "--card", "gpt2.nano"], 2, "--base"), (["demo", "--strict", "--steps", "0"], 2, "1"),
+    (["e2e", "--ref_type", "dart", "--strict"], 2, "is for a FOLDER"),
+    (["demo", "--strict", "--steps", "0"], 2, "1"),
     (["demo", "--strict", "--batch_sizes", "1,8"], 2, "blanks")])
 def test_refusals(root, tmp_path, flags, code, found):
     if flags == ["none"]:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, and what flags that are not given take from it.
+"""What a checkpoint says about itself.
 
 A checkpoint of this program holds, beside its weights, the entry ``about``: JSON with the LoRA
 settings, the dimensions of the model, the data set and the step. A file of other programs may have
@@ -7,11 +7,10 @@ a config.json beside it, which states the dimensions.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import hf_config
 import peft_adapter
@@ -20,7 +19,6 @@ from config import MODEL_CARDS, GPT2Config, LoRAConfig, card_of, config_of
 from runtime.errors import InputError
 
 VERSION = 1  # of the entry; a reader must know it
-LORA_DEFAULTS = {"lora_dim": 0, "lora_alpha": 128}  # the original's
 
 
 def describe(config: GPT2Config, lora: LoRAConfig, data: str, step: int) -> str:
@@ -90,67 +88,3 @@ def _parsed(note: str, path: Path) -> About | None:
         return About(path, config, dim, alpha, dropout, trained)
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def complete(args: argparse.Namespace, default_card: str,
-             say: Callable[[str], None]) -> GPT2Config:
-    """Sets --model_card, --lora_dim and --lora_alpha where they are not given; the dimensions.
-
-    They are those of the checkpoints, if these say them, else the defaults; ``say`` gets a line
-    with those taken from a file. Raises InputError where a flag contradicts its file.
-    """
-    base = read(Path(args.init_checkpoint)) if args.init_checkpoint else None
-    lora = read(Path(args.lora_checkpoint)) if args.lora_checkpoint else base
-    taken: dict[Path, list[str]] = {}
-    known = [(about.path, about.config) for about in (base, lora) if about and about.config]
-    config = _complete_card(args, default_card, known, taken)
-    if lora and lora.lora_dim and args.lora_dim != 0:  # --lora_dim 0: the base alone
-        for flag in LORA_DEFAULTS:
-            _settle(args, flag, getattr(lora, flag), lora.path, taken)
-    for flag, default in LORA_DEFAULTS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, default)
-    for path, flags in taken.items():
-        say(f"{path}: taken from it: {', '.join(flags)}")
-    return config
-
-
-def _complete_card(args: argparse.Namespace, default: str, known: list[tuple[Path, GPT2Config]],
-                   taken: dict[Path, list[str]]) -> GPT2Config:
-    given = None if args.model_card == "auto" else args.model_card
-    if not known:
-        if args.model_card == "auto":
-            raise InputError(f"{args.init_checkpoint}: neither this file nor a config.json beside "
-                             "it says the model's dimensions; name them by --model_card")
-        args.model_card = given or default
-        return MODEL_CARDS[args.model_card]
-    (path, config), (other_path, other) = known[0], known[-1]
-    if config != other:
-        raise InputError(f"{other_path}: trained on another base than {path}: "
-                         f"{_difference(other, config, 'that')}; give its own")
-    if given and MODEL_CARDS[given] != config:
-        if path.name == "config.json":
-            raise InputError(f"{path}: {_difference(config, MODEL_CARDS[given], given)}; leave "
-                             "--model_card out, or this file is not of these weights")
-        raise InputError(f"{path}: trained with --model_card {card_of(config)}, not {given}; leave "
-                         "the flag out")
-    args.model_card = card_of(config)
-    if not given:
-        taken.setdefault(path, []).append(f"--model_card {args.model_card}")
-    return config
-
-
-def _settle(args: argparse.Namespace, flag: str, value: object, path: Path,
-            taken: dict[Path, list[str]]) -> None:
-    given = getattr(args, flag)
-    if given is None:
-        setattr(args, flag, value)
-        taken.setdefault(path, []).append(f"--{flag} {value}")
-    elif given != value:
-        raise InputError(f"{path}: trained with --{flag} {value}, not {given}; leave the flag out")
-
-
-def _difference(one: GPT2Config, other: GPT2Config, where: str) -> str:
-    """The first dimension in which they differ, as "n_head is 8, but 12 in gpt2.sm"."""
-    name = next(name for name in asdict(one) if getattr(one, name) != getattr(other, name))
-    return f"{name} is {getattr(one, name)}, but {getattr(other, name)} in {where}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Sequence
 
-import about
-from config import MODEL_CARDS, GPT2Config, LoRAConfig
+import model_flags
+from config import GPT2Config, LoRAConfig
 from runtime import memory
-from runtime.flags import at_least, between, number, wrong
+from runtime.flags import at_least, between, wrong
 from runtime.progress import log
 
 CARD = "gpt2.sm"  # the original's default
@@ -23,21 +23,7 @@ def add_flags(parser: argparse.ArgumentParser, data: argparse._ArgumentGroup) ->
                       help="a context keeps its last seq_len - eval_len tokens")
     data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_card", choices=[*MODEL_CARDS, "auto"],
-                       help="size of GPT-2; auto: that of --init_checkpoint, which says it; none: "
-                            f"auto, or {CARD} if it does not")
-    model.add_argument("--init_checkpoint", metavar="PATH", required=True,
-                       help="weights: a file (.bin, .pt, .safetensors, .pkl), a Hugging Face "
-                            "folder or an index")
-    model.add_argument("--lora_checkpoint", metavar="PATH",
-                       help="LoRA matrices or the folder of a PEFT adapter, if --init_checkpoint "
-                            "has only the base")
-    model.add_argument("--lora_dim", type=at_least(0),
-                       help="LoRA's rank r; 0: no LoRA; none: that of the checkpoint, or 0")
-    model.add_argument("--lora_alpha", type=at_least(0, number),
-                       help="LoRA's output is scaled by alpha / r; none: that of the checkpoint, "
-                            "or 128")
+    model_flags.add_flags(parser, CARD, trains=False)
 
     search = parser.add_argument_group("beam search")
     search.add_argument("--beam", type=at_least(1), default=1, help="beams of a context")
@@ -61,7 +47,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 def complete(args: argparse.Namespace) -> GPT2Config:
     """Sets the flags that follow from the checkpoints; the model's dimensions."""
-    config = about.complete(args, CARD, log)
+    config = model_flags.complete(args, CARD)
     if args.seq_len > config.n_positions:
         wrong(f"--seq_len {args.seq_len}: the model has {config.n_positions} positions")
     if args.beam > config.vocab_size:

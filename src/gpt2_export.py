@@ -16,6 +16,7 @@ from pathlib import Path
 
 import about
 import hf_export
+import model_flags
 import peft_adapter
 from config import MODEL_CARDS, GPT2Config, LoRAConfig, card_of
 from peft_adapter import Adapter, OurLoRA
@@ -83,7 +84,7 @@ def dimensions(args: argparse.Namespace, base: Weights) -> GPT2Config:
     flags = argparse.Namespace(**vars(args))
     if is_adapter(args.lora_checkpoint):  # some can be merged, though they have no rank and alpha
         flags.lora_checkpoint, flags.lora_dim = None, 0
-    config = about.complete(flags, (cards or list(MODEL_CARDS))[0], log)
+    config = model_flags.complete(flags, (cards or list(MODEL_CARDS))[0])
     shapes, found = hf_export.shapes(config), {name: w.shape for name, w in base.items()}
     for name in sorted(shapes.keys() | found.keys()):
         if found.get(name) != shapes.get(name):

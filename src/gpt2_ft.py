@@ -10,9 +10,9 @@ import os
 from contextlib import nullcontext
 from pathlib import Path
 
-import about
+import model_flags
 import weight_files
-from config import MODEL_CARDS, GPT2Config, LoRAConfig
+from config import GPT2Config, LoRAConfig
 from runtime import backend, memory, processes
 from runtime.errors import InputError
 from runtime.flags import (
@@ -20,7 +20,6 @@ from runtime.flags import (
     add_device_flag,
     add_resume_flag,
     at_least,
-    number,
     seed,
     settings_of,
     share,
@@ -46,22 +45,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--obj", choices=["clm", "jlm"], default="clm",
                       help="targets: the completion's tokens (clm) or every token (jlm)")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_card", choices=[*MODEL_CARDS, "auto"],
-                       help="size of GPT-2; auto: that of --init_checkpoint, which says it; none: "
-                            f"auto, or {CARD} if it does not")
-    model.add_argument("--init_checkpoint", metavar="PATH",
-                       help="weights to start from: a file (.bin, .pt, .safetensors, .pkl), a "
-                            "Hugging Face folder or an index; none: random")
-    model.add_argument("--lora_checkpoint", metavar="PATH",
-                       help="LoRA matrices to start from, or the folder of a PEFT adapter, with "
-                            "the base in --init_checkpoint")
-    model.add_argument("--lora_dim", type=at_least(0),
-                       help="LoRA's rank r; 0 trains every weight; none: that of the checkpoint, "
-                            "or 0")
-    model.add_argument("--lora_alpha", type=at_least(0, number),
-                       help="LoRA's output is scaled by alpha / r; none: that of the checkpoint, "
-                            "or 128")
+    model = model_flags.add_flags(parser, CARD, trains=True)
     model.add_argument("--lora_dropout", type=share, default=0.0, help="dropout on LoRA's input")
 
     loop = parser.add_argument_group("training")
@@ -133,7 +117,7 @@ def parse_args() -> argparse.Namespace:
 
 def complete(args: argparse.Namespace) -> GPT2Config:
     """Sets the flags that follow from the checkpoints and from others; the model's dimensions."""
-    config = about.complete(args, CARD, log)
+    config = model_flags.complete(args, CARD)
     if args.state_interval is None:
         args.state_interval = 100 if args.lora_dim else 500
     if args.seq_len > config.n_positions:

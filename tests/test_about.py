@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 import about
+import model_flags
 from config import MODEL_CARDS, GPT2Config, LoRAConfig
 from runtime import torch_file
 from runtime.errors import InputError
@@ -44,12 +45,14 @@ def said():
 
 
 @pytest.fixture
-def complete(said):
+def complete(said, monkeypatch):
     """Flags in, (model_card, lora_dim, lora_alpha, dimensions) out; log lines go to ``said``."""
+    monkeypatch.setattr(model_flags, "log", said.append)
+
     def run(init=None, lora=None, card=None, r=None, alpha=None):
         args = Namespace(init_checkpoint=init and str(init), lora_checkpoint=lora and str(lora),
                          model_card=card, lora_dim=r, lora_alpha=alpha)
-        config = about.complete(args, "gpt2.sm", said.append)
+        config = model_flags.complete(args, "gpt2.sm")
         return args.model_card, args.lora_dim, args.lora_alpha, config
     return run
 

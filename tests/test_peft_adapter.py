@@ -16,7 +16,7 @@ from conftest import run_main, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import about
+import model_flags
 import peft_adapter
 from config import GPT2Config
 from peft_adapter import OurLoRA
@@ -433,10 +433,10 @@ def test_damaged_adapters(tmp_path_factory, interop, base, changes, cut, shape):
 
 
 def complete(adapter, r=None, alpha=None):
-    """The flags of a script by about.complete."""
+    """The flags of a script by model_flags.complete."""
     args = Namespace(init_checkpoint=None, lora_checkpoint=str(adapter), model_card="gpt2.nano",
                      lora_dim=r, lora_alpha=alpha)
-    about.complete(args, "gpt2.sm", lambda line: None)
+    model_flags.complete(args, "gpt2.sm")
     return args.lora_dim, args.lora_alpha
 
 

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--vocab", required=True, metavar="DIR",
                         help="folder of encoder.json and vocab.bpe")
     parser.add_argument("--input", required=True, metavar="FILE",
-                        help="JSON lines of texts, from a src/format_converting_*.py")
+                        help="JSON lines of texts, from src/format_converting_*.py")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines of token ids")
     parser.add_argument("--add_bos", action="store_true",
                         help="put <|endoftext|> between context and completion")
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
 
     records = read_jsonl(args.input, {"context": str, "completion": str},
-                         "make the file with a src/format_converting_*.py",
+                         "make the file with src/format_converting_*.py",
                          optional=["completion"])
     encoder = get_encoder(args.vocab)
     encoded = [encode_record(record, encoder, args.add_bos, args.add_eos)

@@ -63,7 +63,7 @@ def test_inputs_without_a_reference(encode, tiktoken_gpt2):
 
 
 @pytest.mark.parametrize("data, message", [
-    (None, "formatted.jsonl: no such file; make the file with src/format_converting_e2e.py"),
+    (None, "formatted.jsonl: no such file; make the file with src/format_converting_*.py"),
     (b"", "formatted.jsonl: the file is empty"),
     (jsonl(RECORDS) + b"{", "formatted.jsonl:3: not a JSON object"),
     (jsonl(RECORDS) + b"[]\n", "formatted.jsonl:3: not a JSON object"),

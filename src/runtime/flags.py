@@ -1,4 +1,4 @@
-"""Types of flags for argparse, the ``--device`` flag, and files of flags."""
+"""Types of flags for argparse, flags that several scripts have, and files of flags."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ LORA_KEY = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
                       r"lora_magnitude_vector)(?:\.default)?(?:\.(weight|bias))?")
 LAYER = re.compile(r"transformer\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)")
 POSITIONS = "transformer.wpe"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 README = """\
 ---
 {base_model}library_name: peft
@@ -65,8 +65,8 @@ tags:
 
 # LoRA for GPT-2
 
-Trained with LoRA + GPT-2 + Jittor{trained}: rank {r}, alpha {alpha:g}, dropout
-{dropout:g}, on the {thirds} of the attention.
+Trained with LoRA + GPT-2 + Jittor{trained}: rank {r}, alpha {alpha:g},
+dropout {dropout:g}, on the {thirds} of the attention.
 PEFT has one LoRA for query, key and value together; as such its rank is {R}, its lora_alpha {L:g}.
 
 ```python

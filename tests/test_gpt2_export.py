@@ -124,7 +124,7 @@ def test_peft_opens_it(base, whole, tmp_path, torch_side):
 
 
 def test_model_card_names_only_a_base_of_the_hub(base, lora, tmp_path):
-    for number, name in enumerate(("openai-community/gpt2", base.parent, None)):
+    for number, name in enumerate(("openai-community/gpt2", base.parent, "../gpt2", None)):
         folder = tmp_path / f"out{number}"
         assert export("peft", base, folder, "--lora_alpha", 5,
                       *(["--base_model", name] if name else []), lora=lora)[0] == 0
@@ -132,7 +132,7 @@ def test_model_card_names_only_a_base_of_the_hub(base, lora, tmp_path):
         front = text.split("---\n")[1]
         assert ("base_model: openai-community/gpt2\n" in front) == (number == 0)
         assert ("base_model:" in front) == (number == 0) and "library_name: peft\n" in front
-        assert "rank 3, alpha 5, on the query and value" in text
+        assert "rank 3, alpha 5,\ndropout 0, on the query and value" in text
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == (str(name) if name else None)
 

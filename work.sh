@@ -215,8 +215,8 @@ decode_and_score_e2e() {  # PREDICTIONS
 # Whether the test set has inputs of the categories that --filter PART keeps.
 has_inputs() {  # PART
     case "$1" in
-    seen) grep -q '"cate": true' "$DATA/test_formatted.jsonl" ;;
-    unseen) grep -q '"cate": false' "$DATA/test_formatted.jsonl" ;;
+    seen) grep -q '"cate": *true' "$DATA/test_formatted.jsonl" ;;
+    unseen) grep -q '"cate": *false' "$DATA/test_formatted.jsonl" ;;
     esac
 }
 
@@ -268,7 +268,7 @@ run_experiment() {
     fetch="bash data/download_data.sh $experiment && bash create_datasets.sh $experiment"
     for file in train.jsonl valid.jsonl test.jsonl test_formatted.jsonl; do
         if [[ "$DATA" == "$raw/whole" && ! -f "$DATA/$file" ]]; then
-            PRESET=paper bash create_datasets.sh "$experiment"
+            DATA_DIR="" FRACTION="" PRESET=paper bash create_datasets.sh "$experiment"
         fi
         need "$DATA/$file" "$fetch"
     done

@@ -42,15 +42,19 @@ class About:
     trained: str = ""  # "400 micro-batches on e2e"
 
 
-def read(path: Path) -> About:
-    """What is known of the checkpoint at ``path``: a file, a folder, an index or a PEFT adapter.
-
-    Reads no weights but those of an adapter. Raises InputError if a file is missing or
-    damaged, or cannot run here.
-    """
+def read_lora(path: Path) -> About:
+    """What is known of the LoRA at ``path``: a PEFT adapter, of which all is read, or as `read`."""
     if peft_adapter.folder_of(path):
         lora = peft_adapter.in_its_layers(peft_adapter.read(path))
         return About(path, None, lora.r, lora.alpha)
+    return read(path)
+
+
+def read(path: Path) -> About:
+    """What is known of the checkpoint at ``path``: a file, a folder or an index.
+
+    Reads no weights. Raises InputError if a file is missing or damaged, or cannot run here.
+    """
     place = weight_files.locate(path)
     note = weight_files.read_note(place, "about")
     about = _parsed(note, place) if note else None

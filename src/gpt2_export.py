@@ -162,7 +162,7 @@ def write_lora(folder: Path, args: argparse.Namespace, config: GPT2Config, base:
             "model_state_dict": lora.weights,
             "about": about.describe(config, LoRAConfig(lora.r, lora.alpha, dropout), "", 0)})
     else:
-        trained = about.read(Path(path)).trained
+        trained = about.read_lora(Path(path)).trained
         peft_adapter.write(folder, lora, dropout, trained, args.base_model)
     return (f"LoRA of rank {lora.r} and alpha {lora.alpha:g} on "
             f"{peft_adapter.thirds(lora.enable)}")

@@ -49,7 +49,7 @@ def complete(args: argparse.Namespace, default_card: str) -> GPT2Config:
     from a file. Raises InputError where a flag contradicts its file.
     """
     base = about.read(Path(args.init_checkpoint)) if args.init_checkpoint else None
-    lora = about.read(Path(args.lora_checkpoint)) if args.lora_checkpoint else base
+    lora = about.read_lora(Path(args.lora_checkpoint)) if args.lora_checkpoint else base
     taken: dict[Path, list[str]] = {}
     known = [(one.path, one.config) for one in (base, lora) if one and one.config]
     config = _complete_card(args, default_card, known, taken)

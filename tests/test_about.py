@@ -71,6 +71,18 @@ def test_the_entry(write):
     assert about.read(folder).config == TINY
 
 
+def test_a_whole_model_beside_an_adapter(write, complete, shared, tmp_path):
+    """As --init_checkpoint, a folder of both is the model, as --lora_checkpoint the adapter."""
+    adapter = shared / "expected/interop/ours_exported"
+    if not adapter.is_dir():
+        pytest.skip("no expected/interop in the reference data")
+    both = write("both/model.safetensors", NANO, 0, 128).parent
+    for file in adapter.iterdir():
+        (both / file.name).write_bytes(file.read_bytes())
+    assert complete(both, None)[:3] == ("gpt2.nano", 0, 128)
+    assert complete(both, both)[:3] == ("gpt2.nano", 3, 7.0)
+
+
 def test_flags_that_are_not_given_are_the_files(complete, write, said):
     path = write("model.200.pt", alpha=27.5)
     assert complete(path) == complete(path, card="auto") == ("gpt2.nano", 4, 27.5, NANO)

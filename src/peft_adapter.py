@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import regex
 
 import weight_files
 from config import GPT2Config
@@ -235,11 +236,12 @@ def _alpha(folder: Path, config: dict, layer: str) -> float:
     try:
         if not isinstance(patterns, dict):
             raise ValueError
-        key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", layer)), None)
+        # The patterns come from a file, and some take years: with re there is no limit.
+        key = next((k for k in patterns if regex.match(rf"(.*\.)?({k})$", layer, timeout=1)), None)
         alpha = alpha if key is None else patterns[key]
         if isinstance(alpha, bool) or not math.isfinite(alpha):
             raise ValueError
-    except (TypeError, ValueError, OverflowError, re.error):
+    except (TypeError, ValueError, OverflowError, TimeoutError, regex.error):
         raise InputError(f"{folder / CONFIG}: lora_alpha or alpha_pattern does not give a number "
                          f"for {layer}") from None
     return float(alpha)

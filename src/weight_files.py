@@ -81,11 +81,11 @@ def locate(path: Path) -> Path:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file; of a folder or an index that of the digests of all its files.
+    """The SHA-256 of a file; of a folder, an index or an adapter that of the digests of its files.
 
     Shards, config.json and a PEFT adapter belong to them.
     """
-    if path.is_file() and not _is_index(path):
+    if path.is_file() and not _is_index(path) and path.name not in ADAPTER:
         return sha256(path)
     folder = path if path.is_dir() else path.parent
     place = next((path / name for name in IN_FOLDER if (path / name).is_file()), path)

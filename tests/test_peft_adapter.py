@@ -291,6 +291,13 @@ def test_refused_configurations(interop, tmp_path, changes, reason):
         peft_adapter.read(config_with(interop, tmp_path, **changes))
 
 
+def test_a_hostile_pattern_of_alphas_ends(interop, tmp_path):
+    """With Python's re, it takes a time that doubles with each character of a layer's name."""
+    changes = {"alpha_pattern": {r"((\w|\.)+)+[xyz]": 3}, "lora_alpha": 5}
+    adapter = peft_adapter.read(config_with(interop, tmp_path, **changes))
+    assert {low.alpha for low in adapter.layers.values()} == {5}
+
+
 def test_what_changes_nothing_is_accepted(interop, base, tmp_path):
     plain = peft_adapter.merge(peft_adapter.read(interop / "c_attn"), base)
     changed = config_with(interop, tmp_path, a_later_key=None, another=[], third=False, r=99,

@@ -182,6 +182,14 @@ def test_digests_cover_all_files(folders, tmp_path):
     assert weight_files.digest(file) != weight_files.digest(file.parent)
 
 
+def test_the_digest_of_an_adapters_file_covers_its_configuration(tmp_path):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    before = weight_files.digest(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2}')
+    assert weight_files.digest(tmp_path / "adapter_model.safetensors") != before
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin.index.json", "model.fp32.bin.index.json"])
 def test_the_digest_of_an_index_covers_its_own_shards(folders, tmp_path, name):
     folder = shutil.copytree(folders[0] / "bin shards", tmp_path / "both")

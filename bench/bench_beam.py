@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
+import model_files
 import report
 import samples
-import weights
 from shared import (
     BEAM,
     MODEL_CARDS,
@@ -53,9 +53,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    model = (weights.trained_model(args.card, args.checkpoint) if args.checkpoint
-             else weights.random_model(args.card))
-    converted = weights.for_ctranslate2(model)
+    model = (model_files.trained_model(args.card, args.checkpoint) if args.checkpoint
+             else model_files.random_model(args.card))
+    converted = model_files.for_ctranslate2(model)
     data, source = samples.of_e2e("test")
     dataset = FTDataset(data, 1, TRAIN["seq_len"], BEAM["eval_len"])
     queries = list(dict.fromkeys(dataset.queries()))  # ours searches equal contexts only once

@@ -14,9 +14,9 @@ from contextlib import ExitStack
 from itertools import chain
 from statistics import mean
 
+import model_files
 import report
 import samples
-import weights
 from shared import (
     BEAM,
     MODEL_CARDS,
@@ -83,7 +83,7 @@ def main() -> None:
         starts = [worker.ask("start", device=args.device) for worker in workers.values()]
         for card in args.cards:
             log(f"{card}: loading the model")
-            model = weights.random_model(card)
+            model = model_files.random_model(card)
             for worker in workers.values():
                 worker.ask("load", **model, lora_dropout=TRAIN["lora_dropout"])
             with Progress(len(settings), f"{card}, training", "setting") as bar:

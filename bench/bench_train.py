@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 
 import flops
+import model_files
 import report
 import samples
-import weights
 from shared import (
     FLAGS,
     LORA,
@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     data, source = samples.of_e2e("train")
-    model = weights.random_model(args.card)
+    model = model_files.random_model(args.card)
     results = steps(args, model, data)
     results["data"] = source
     if args.runs:
@@ -170,7 +170,7 @@ def whole_run(args: argparse.Namespace, model: dict, data: Path,
     flags = {"train_data": data, "valid_data": data, "model_card": args.card,
              "init_checkpoint": model["base"], "lora_checkpoint": model["lora"],
              "max_step": 4, "log_interval": 1, "device": args.device}
-    weights.room_for(WORK / "run", 2 * Path(model["base"]).stat().st_size)
+    model_files.room_for(WORK / "run", 2 * Path(model["base"]).stat().st_size)
     with tempfile.TemporaryDirectory(dir=WORK) as work_dir, \
             tempfile.TemporaryFile("w+", encoding="utf-8") as stderr:
         command = [sys.executable, ROOT / program, f"@{FLAGS}", "--work_dir", work_dir]

@@ -11,9 +11,10 @@ import sys
 import uuid
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from runtime import backend
+from runtime import backend, torch_file
 from runtime.errors import InputError
 from runtime.flags import add_device_flag
 
@@ -76,14 +77,15 @@ def test_a_machine_without(machine, obstacle, reason):
     assert found in str(error.value) and "\n" not in str(error.value)
 
 
-def test_this_machine_says_why_it_has_no_cuda(root):
+def test_this_machine_says_why_it_has_no_cuda(root, tmp_path):
     nvcc, reason = backend.find_cuda()
     assert bool(nvcc) != bool(reason)
     if nvcc:
         pytest.skip("this machine has a GPU")
+    torch_file.save(tmp_path / "base.pt", {"x": np.zeros(1, np.float32)})
     process = subprocess.run(
         [sys.executable, root / "src/gpt2_beam.py", "--data", "none.jsonl", "--init_checkpoint",
-         "none.pt", "--device", "cuda"], capture_output=True, text=True)
+         tmp_path / "base.pt", "--device", "cuda"], capture_output=True, text=True)
     assert process.returncode == 1 and process.stdout == ""
     assert process.stderr == f"error: --device cuda: {reason}; use --device cpu, or repair that\n"
 

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "bench"))
 
 import flops  # noqa: E402
+import model_files  # noqa: E402
 import report  # noqa: E402
 import samples  # noqa: E402
-import weights  # noqa: E402
 import workers  # noqa: E402
 from shared import BEAM, TRAIN, FTDataset, GPT2Config, InputError, read_jsonl  # noqa: E402
 
@@ -176,9 +176,9 @@ def test_sides_do_the_same_task(tmp_path, monkeypatch):
     """Without dropout, our side and align's have the same losses and find the same sequences."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "loralib")):
         pytest.skip("no PyTorch; pip install -r requirement-test.txt")
-    for module in (samples, weights):
+    for module in (samples, model_files):
         monkeypatch.setattr(module, "WORK", tmp_path)
-    model = weights.random_model("gpt2.nano")
+    model = model_files.random_model("gpt2.nano")
     data = samples.of_length(12, 5)
     queries = FTDataset(data, 1, 12, 4).queries()
     flags = {name: value for name, value in TRAIN.items() if name != "lora_dropout"}

@@ -339,9 +339,10 @@ def without_entry(path, to):
 def test_flags_left_out_are_the_checkpoints(here, data, base, trained, tmp_path, monkeypatch):
     """Training goes on as with the flags given, to the same bytes."""
     import gpt2_ft
+    import model_flags
 
     said = []
-    monkeypatch.setattr(gpt2_ft, "log", said.append)
+    monkeypatch.setattr(model_flags, "log", said.append)
     flags = flags_of(data, tmp_path, "--max_step", 2)
     given = [flags.index(flag) for flag in ("--lora_dim", "--lora_alpha", "--model_card")]
     fewer = [word for i, word in enumerate(flags) if i not in given and i - 1 not in given]

@@ -5,10 +5,11 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
-from runtime import memory
+from runtime import memory, torch_file
 from runtime.errors import InputError
 
 MIB = 1 << 20
@@ -65,6 +66,7 @@ def test_errors_that_mean_memory(message, ran_out):
 @pytest.mark.slow
 def test_a_model_that_does_not_fit(tmp_path, jittor):
     (tmp_path / "data.jsonl").write_text('{"context": [1, 2], "completion": [3, 4]}\n' * 2)
+    torch_file.save(tmp_path / "base.pt", {"x": np.zeros(1, np.float32)})
     flags = ["--seq_len", 12, "--model_card", "gpt2.lg", "--work_dir", tmp_path / "out",
              "--device", "cpu"]
     for script, more, remedy in (
@@ -72,7 +74,7 @@ def test_a_model_that_does_not_fit(tmp_path, jittor):
                                 tmp_path / "data.jsonl", "--max_step", 1, "--train_batch_size", 1],
              "--train_batch_size"),
             ("src/gpt2_beam.py", ["--data", tmp_path / "data.jsonl", "--init_checkpoint",
-                                  "none.pt", "--eval_len", 4], "--batch_size")):
+                                  tmp_path / "base.pt", "--eval_len", 4], "--batch_size")):
         done = limited([ROOT / script, *flags, *more], 3000)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
         assert done.stderr.startswith("error: not enough memory: at least ")

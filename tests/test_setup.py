@@ -512,7 +512,7 @@ def test_create_datasets_names_the_missing_file(root, tmp_path):
                             env={**os.environ, "DATA_DIR": str(tmp_path)}, timeout=60)
     assert result.returncode == 1
     assert result.stderr == (f"error: {tmp_path}/test.txt: no such file; "
-                             "run: bash data/download_data.sh\n")
+                             "run: bash data/download_data.sh e2e\n")
 
 
 def test_create_datasets(root, shared, vocab, tmp_path):

@@ -410,7 +410,9 @@ def test_what_is_a_folder_of_an_adapter(interop, tmp_path):
         peft_adapter.read(tmp_path)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+# Hypothesis draws no subnormal floats after Jittor has started: its operators turn them to 0.
+FLOATS = st.floats(allow_subnormal=False)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=3),
                     lambda inner: st.lists(inner, max_size=3)
                     | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=4)
 READ_KEYS = ["peft_type", "init_lora_weights", "lora_alpha", "alpha_pattern", "use_rslora",

@@ -1,14 +1,16 @@
 """Locks between processes."""
 
+import errno
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from conftest import ROOT
 
 from runtime.errors import InputError
-from runtime.locks import exclusive
+from runtime.locks import exclusive, lock
 
 HOLDER = """
 import sys, time
@@ -47,7 +49,15 @@ def test_free_when_the_process_ends(holder, tmp_path, end):
     process.communicate()
     with exclusive(tmp_path / "lock", "another"):
         assert (tmp_path / "lock").exists()
-    assert not any(tmp_path.iterdir())
+    assert (tmp_path / "lock").exists()  # see exclusive
+
+
+def test_a_name_of_a_file_that_another_host_has_removed(tmp_path, monkeypatch):
+    with open(tmp_path / "lock", "w") as file:
+        assert lock(file)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", Mock(side_effect=OSError(errno.ESTALE, "Stale file handle")))
+            assert not lock(file)
 
 
 def test_a_lock_file_that_its_holder_has_removed(holder, tmp_path, monkeypatch):
@@ -75,7 +85,6 @@ def test_an_error_in_the_block_is_its_own(tmp_path):
     with pytest.raises(OSError, match="mine"):
         with exclusive(tmp_path / "lock", "another"):
             raise OSError("mine")
-    assert not any(tmp_path.iterdir())
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be written: .*; give another"):
         with exclusive(tmp_path / "file" / "lock", "another"):

@@ -4,11 +4,13 @@ import errno
 import fcntl
 import os
 import socket
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Callable, Iterator
 
 from runtime.errors import InputError
+
+REMOVED = {errno.ENOENT, errno.ESTALE}  # ESTALE: by another host, on a network file system
 
 
 def lock(file: IO, before_waiting: Callable[[], None] = lambda: None) -> bool:
@@ -29,17 +31,20 @@ def lock(file: IO, before_waiting: Callable[[], None] = lambda: None) -> bool:
             raise
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in REMOVED:
+            raise
         return False
 
 
 @contextmanager
 def exclusive(path: Path, another: str) -> Iterator[None]:
-    """Holds the lock file ``path`` during the block and removes it at the end.
+    """Holds the lock file ``path`` during the block.
 
-    If the process is killed, the file stays, but the lock is free. Raises InputError if another
-    process holds it, or if the file cannot be written; ``another`` is the remedy, e.g. "another
-    --work_dir".
+    The file stays: a host may see a removed file for about a second on a network file system, and
+    lock it while another locks a new one of that name. Raises InputError if another process, of
+    this host or another, holds the lock, or if the file cannot be written; ``another`` is the
+    remedy, e.g. "another --work_dir".
     """
     def refuse() -> None:
         file.seek(0)
@@ -52,16 +57,12 @@ def exclusive(path: Path, another: str) -> Iterator[None]:
             file = open(path, "a+", encoding="utf-8", errors="replace")
             if lock(file, refuse):
                 break
-            file.close()  # its last holder has removed it meanwhile
+            file.close()  # the user has removed it meanwhile
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be written: {error.strerror or error}; give "
                          f"{another}") from None
-    try:
+    with file:
         yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        file.close()

@@ -42,27 +42,31 @@ class Side:
         import lora
         from dataset import FTDataset
         from optimizer import AdamW, make_schedule
-        from trainer import Trainer, TrainOptions
+        from trainer import Trainer, TrainOptions, joined_batches
 
         lora.mark_only_lora_as_trainable(self.model)
         trained = lora.lora_state_dict(self.model)
         self.generator = None  # it has a copy of the weights before training
+        samples = FTDataset(data, batch_size, seq_len)
         self.trainer = Trainer(
             self.model, AdamW(trained, beta2=beta2, weight_decay=weight_decay),
             make_schedule("linear", lr, warmup_step, max_step, [], []),
-            TrainOptions(grad_acc=grad_acc, label_smooth=label_smooth, seed=seed))
-        samples = FTDataset(data, batch_size, seq_len)
+            TrainOptions(grad_acc=grad_acc, joined=joined_batches(samples, grad_acc),
+                         label_smooth=label_smooth, seed=seed))
         self.batches = (batch for epoch in itertools.count(1)
                         for batch in samples.batches(seed, epoch))
 
     def train(self, steps: int) -> dict:
         """The next micro-batches: milliseconds and loss of each."""
         times, losses = [], []
-        for _ in range(steps):
+        while left := steps - len(losses):
             started = time.perf_counter()
-            losses.append(self.trainer.step(next(self.batches)))
+            unit = list(itertools.islice(self.batches, self.trainer.unit(left)))
+            losses += self.trainer.backward(unit)
+            for _ in unit:
+                self.trainer.step()
             _synchronize()
-            times.append((time.perf_counter() - started) * 1000)
+            times += [(time.perf_counter() - started) * 1000 / len(unit)] * len(unit)
         return {"ms": times, "loss": losses}
 
     def search(self, queries: list[list[int]], batch_size: int, beam: int, eval_len: int,

@@ -14,6 +14,8 @@ from runtime.formats import read_jsonl
 
 FILL_SEED = 911  # of the generator that fills a data set up to whole batches
 
+Sample = tuple[tuple[int, ...], tuple[int, ...]]  # the ids of a context and of its completion
+
 
 @dataclass
 class Batch:
@@ -74,10 +76,17 @@ class FTDataset:
         return self.joint_lm or any(completion and len(context) < self.seq_len
                                     for context, completion in self.samples)
 
+    def mean_tokens(self) -> float:
+        """How many tokens of a sample are within ``seq_len``, on average."""
+        return sum(min(len(context) + len(completion), self.seq_len)
+                   for context, completion in self.samples) / len(self.samples)
+
     def _sample(self, item: int) -> tuple[list[int], list[int]]:
+        """The sample at a position, cut at ``seq_len``."""
         if item >= len(self.samples):
             item = self._fill.randint(0, len(self.samples) - 1)
-        return self.samples[item]
+        context, completion = self.samples[item]
+        return context[:self.seq_len], completion[:max(0, self.seq_len - len(context))]
 
     def batch(self, items: np.ndarray) -> Batch:
         """The samples at the given positions."""
@@ -86,7 +95,7 @@ class FTDataset:
                       np.zeros(shape, np.float32))
         for row, item in enumerate(items):
             context, completion = self._sample(int(item))
-            ids = (context + completion)[:self.seq_len]
+            ids = context + completion
             batch.input_ids[row, :len(ids)] = ids
             batch.target[row, :len(ids) - 1] = ids[1:]
             first = 0 if self.joint_lm else len(context) - 1
@@ -101,14 +110,24 @@ class FTDataset:
         world_size-th position, and the first ones again if that does not divide evenly.
         ``drop_last`` leaves out a last batch that is not full.
         """
+        for items in self._positions(seed, epoch, rank, world_size)[first:]:
+            if len(items) == self.batch_size or not drop_last:
+                yield self.batch(items)
+
+    def sample_batches(self, seed: int, epoch: int, rank: int = 0,
+                       world_size: int = 1) -> list[list[Sample]]:
+        """The samples of all of :meth:`batches`, cut at ``seq_len``, without padding."""
+        return [[(tuple(context), tuple(completion))
+                 for context, completion in (self._sample(int(item)) for item in items)]
+                for items in self._positions(seed, epoch, rank, world_size)]
+
+    def _positions(self, seed: int, epoch: int, rank: int, world_size: int) -> list[np.ndarray]:
+        """The positions of the samples of each of an epoch's batches."""
         order = permutation(len(self), seed + epoch)
         share = -(-len(order) // world_size)
         order = np.resize(order, share * world_size)[rank::world_size]
-        for start in range(first * self.batch_size, share, self.batch_size):
-            items = order[start:start + self.batch_size]
-            if drop_last and len(items) < self.batch_size:
-                return
-            yield self.batch(items)
+        return [order[start:start + self.batch_size]
+                for start in range(0, share, self.batch_size)]
 
     def full_batches(self, world_size: int) -> int:
         """The number of batches of an epoch in each process, without one that is not full."""

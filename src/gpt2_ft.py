@@ -207,17 +207,17 @@ def name_of(train_data: str) -> str:
     return "/".join(folder.parts[-2:] if folder.name in ("whole", "work") else folder.parts[-1:])
 
 
-def require_memory(args: argparse.Namespace, config: GPT2Config, data) -> None:
-    """Raises InputError if there is too little memory for the weights and the largest batch."""
+def require_memory(args: argparse.Namespace, config: GPT2Config, data, joined: int) -> None:
+    """Raises InputError if there is too little memory for the weights and the largest batches."""
     lengths = sorted(min(len(context + completion), args.seq_len)
-                     for context, completion in data.samples)[-args.train_batch_size:]
+                     for context, completion in data.samples)[-args.train_batch_size * joined:]
     activations = 16 * config.n_layer * config.n_embd * sum(lengths)
     # of a full training also the gradients and AdamW's two means
     numbers = config.weights * (1 if args.lora_dim else 4) + activations
     memory.require(4 * numbers, "take a smaller --train_batch_size, --seq_len or --model_card")
 
 
-def make_trainer(args: argparse.Namespace, config: GPT2Config, max_step: int):
+def make_trainer(args: argparse.Namespace, config: GPT2Config, max_step: int, joined: int):
     """The model with its weights, optimizer and schedule; logs how many weights train."""
     import jittor as jt
 
@@ -245,7 +245,7 @@ def make_trainer(args: argparse.Namespace, config: GPT2Config, max_step: int):
         f"of {args.train_batch_size}"
         + f" in each of {processes.world_size()} processes" * (processes.world_size() > 1))
     return Trainer(model, optimizer, schedule, TrainOptions(
-        grad_acc=args.grad_acc, clip=args.clip, label_smooth=args.label_smooth,
+        grad_acc=args.grad_acc, joined=joined, clip=args.clip, label_smooth=args.label_smooth,
         seed=args.random_seed))
 
 
@@ -253,7 +253,7 @@ def main() -> None:
     args = parse_args()
     config = complete(args)
     backend.start(args.device, args.random_seed)
-    from trainer import RunOptions, TrainingRun  # needs Jittor, see backend
+    from trainer import RunOptions, TrainingRun, joined_batches  # needs Jittor, see backend
 
     train_data, valid_data = read_data(args, config)
     max_step = args.max_step or -(-args.max_epoch * train_data.num_batches
@@ -275,8 +275,9 @@ def main() -> None:
               f"{args.train_data}")
     if is_finished(args, settings):
         return
-    require_memory(args, config, train_data)
-    trainer = make_trainer(args, config, max_step)
+    joined = joined_batches(train_data, args.grad_acc)
+    require_memory(args, config, train_data, joined)
+    trainer = make_trainer(args, config, max_step, joined)
     lock = exclusive(args.work_dir / ".training", "another --work_dir")
     with lock if processes.rank() == 0 else nullcontext():
         state = state_to_resume(args, settings)

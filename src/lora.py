@@ -20,6 +20,7 @@ query, key and value of GPT-2's ``c_attn``, and only for those of them that are 
 
 import hashlib
 import math
+from typing import Sequence
 
 import jittor as jt
 from jittor import nn
@@ -45,7 +46,10 @@ class MergedLinear(nn.Module):
         enable_lora: tuple[bool, ...] = (True,),  # which projections get LoRA
     ):
         self.r, self.scaling = r, lora_alpha / r if r else 0.0
-        self.lora_dropout, self.dropout_seed = lora_dropout, 0
+        self.lora_dropout = lora_dropout
+        # of the parts of x that have masks of their own: their seeds, their first rows
+        self.dropout_seeds: list[int] = [0]
+        self.dropout_starts: list[int] = [0]
         self.weight = jt.init.gauss((in_features, out_features), mean=0.0, std=0.02)
         self.bias = jt.zeros(out_features)
         self.enable(enable_lora)
@@ -70,7 +74,7 @@ class MergedLinear(nn.Module):
             return ops.linear(x, self.weight, self.bias)
         y = ops.linear(x, self.weight)  # (N, out_features)
         if self.is_training() and self.lora_dropout:
-            x = ops.dropout(x, self.lora_dropout, self.dropout_seed)
+            x = ops.dropout(x, self.lora_dropout, self.dropout_seeds, self.dropout_starts)
         low = ops.matmul(x, self.lora_A, transpose_b=True)  # (N, r * groups)
         return ops.lora_up(y, self.bias, low, self.lora_B, self.scaling, self.columns)
 
@@ -87,13 +91,15 @@ def lora_state_dict(model: nn.Module) -> dict[str, jt.Var]:
     return {name: p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def seed_dropout(model: nn.Module, seed: int, step: int) -> None:
-    """Fixes the dropout masks of the next forward pass.
+def seed_dropout(model: nn.Module, seed: int, steps: Sequence[int]) -> None:
+    """Fixes the dropout masks of the next forward pass, whose parts are of these ``steps``.
 
-    A mask depends on (seed, step, layer) alone and not on the state of a generator, so a run that
-    is resumed at ``step`` draws the same masks as an uninterrupted one.
+    The mask of a part depends on (seed, step, layer) alone and not on the state of a generator, nor
+    on what the other parts are. So a run that is resumed at ``step`` draws the same masks as an
+    uninterrupted one.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MergedLinear)]
     for index, layer in enumerate(layers):
-        digest = hashlib.sha256(f"{seed} {step} {index}".encode()).digest()
-        layer.dropout_seed = int.from_bytes(digest[:4], "little") >> 1  # fits an int32
+        digests = [hashlib.sha256(f"{seed} {step} {index}".encode()).digest() for step in steps]
+        layer.dropout_seeds = [int.from_bytes(digest[:4], "little") >> 1  # fits an int32
+                               for digest in digests]

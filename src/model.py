@@ -7,9 +7,10 @@ sample, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
-from typing import Callable
+from typing import Callable, Sequence
 
 import jittor as jt
 import numpy as np
@@ -18,6 +19,7 @@ from jittor import nn
 import lora
 import ops
 from config import GPT2Config, LoRAConfig
+from dataset import Sample
 
 # (layer's number, qkv (N, 3, H, D)) -> (N, H, D): mixes the values of tokens that belong together
 Attend = Callable[[int, jt.Var], jt.Var]
@@ -129,28 +131,78 @@ class GPT2LMModel(nn.Module):
         return ops.linear(hidden, self.transformer.wte.weight, transposed=True)
 
     def loss(self, input_ids: np.ndarray, target: np.ndarray, mask: np.ndarray,
-             label_smooth: float = 0.0) -> jt.Var:
-        """The masked mean cross entropy of a batch, a scalar in nats.
+             label_smooth: float = 0.0, parts: int = 1) -> jt.Var:
+        """The masked mean cross entropy of each of ``parts`` equal batches, (parts,) in nats.
 
         input_ids, target (B, T) integers; mask (B, T) is 1 where the target counts, else 0. The
-        divisor is sum(mask) + 0.0001 as in the original.
+        batches, of B / parts samples each, follow one another; the divisor of a batch is
+        sum(mask) + 0.0001 as in the original.
         """
         # A causal model does not see tokens to the right: those behind a sample's last counted
         # target change nothing, and logits are needed only where a target counts.
         ends = mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)  # (B,)
         lengths = np.where(mask.any(axis=1), ends, 1)  # at least one token, for valid shapes
         kept = np.arange(mask.shape[1]) < lengths[:, None]  # (B, T)
-        input_ids, target, mask = input_ids[kept], target[kept], mask[kept]  # (N,) each
+        input_ids, target, counted = input_ids[kept], target[kept], mask[kept]  # (N,) each
         positions = np.concatenate([np.arange(length) for length in lengths])  # (N,)
-        rows = np.flatnonzero(mask) if mask.any() else np.zeros(1, np.int64)  # (M,)
-        hidden = self.transformer(
-            int32(input_ids), int32(positions),
-            lambda layer, qkv: ops.causal_attention(qkv, list(lengths)), int32(rows))  # (M, C)
-        losses = ops.cross_entropy(self.logits(hidden), int32(target[rows]), label_smooth)  # (M,)
-        weights = mask[rows].astype(np.float32)  # (M,)
-        return (losses * jt.array(weights)).sum() / float(mask.sum() + 0.0001)
+        starts = np.cumsum([0, *lengths])[:-1:len(lengths) // parts]  # (parts,)
+        rows = np.flatnonzero(counted) if counted.any() else np.zeros(1, np.int64)  # (M,)
+        for block in self.transformer.h:
+            block.attn.c_attn.dropout_starts = starts
+        losses = self._losses(
+            input_ids, positions,
+            lambda layer, qkv: ops.causal_attention(qkv, list(lengths)), rows, target[rows],
+            label_smooth)  # (M,)
+        part = np.searchsorted(starts, rows, side="right") - 1  # (M,), the batch of each row
+        weights = (part == np.arange(parts)[:, None]) * counted[rows]  # (parts, M)
+        divisors = mask.reshape((parts, -1)).sum(axis=1) + 0.0001  # (parts,)
+        return (losses * float32(weights)).sum(dim=1) / float32(divisors)
+
+    def completion_losses(self, samples: Sequence[Sample]) -> np.ndarray:
+        """The summed cross entropy of each of B samples' completions, (B,) float64 in nats.
+
+        Neither a context nor a completion is empty. The tokens of a context that adjacent samples
+        share pass the model once; there are no gradients.
+        """
+        ids: list[int] = []  # (N,), of a context, of its completions, of the next context
+        positions: list[int] = []  # (N,)
+        lengths: list[int] = []  # of each sequence: a context, or a completion but its last token
+        prefixes: list[tuple[int, int]] = []  # the rows of a completion's context
+        rows: list[int] = []  # (M,), where each token of a completion is predicted
+        target: list[int] = []  # (M,)
+
+        def append(tokens: Sequence[int], position: int, prefix: tuple[int, int]) -> None:
+            ids.extend(tokens)
+            positions.extend(range(position, position + len(tokens)))
+            lengths.append(len(tokens))
+            prefixes.append(prefix)
+
+        for context, sharing in itertools.groupby(samples, key=lambda sample: sample[0]):
+            first, begin = len(ids), len(ids) + len(context)
+            append(context, 0, (0, 0))
+            for _, completion in sharing:
+                rows += [begin - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+                target += completion
+                if len(completion) > 1:
+                    append(completion[:-1], len(context), (first, begin))
+        losses = self._losses(
+            ids, positions, lambda layer, qkv: ops.causal_attention(qkv, lengths, prefixes), rows,
+            target)  # (M,)
+        ends = np.cumsum([len(completion) for _, completion in samples])  # (B,)
+        return np.add.reduceat(losses.numpy().astype(np.float64), [0, *ends[:-1]])
+
+    def _losses(self, input_ids, positions, attend: Attend, rows, target,
+                label_smooth: float = 0.0) -> jt.Var:
+        """The cross entropy of the ``target`` (M,) behind each of the ``rows`` (M,) -> (M,)."""
+        hidden = self.transformer(int32(input_ids), int32(positions), attend, int32(rows))  # (M, C)
+        return ops.cross_entropy(self.logits(hidden), int32(target), label_smooth)
 
 
-def int32(array: np.ndarray) -> jt.Var:
-    """An integer array as a jt.Var."""
+def float32(array) -> jt.Var:
+    """Numbers as a jt.Var of float32."""
+    return jt.array(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def int32(array) -> jt.Var:
+    """Integers as a jt.Var of int32."""
     return jt.array(np.ascontiguousarray(array, dtype=np.int32))

@@ -8,15 +8,16 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import jittor as jt
+import numpy as np
 
 import about
 import checkpoint
 import lora
 import train_state
-from dataset import Batch, FTDataset
+from dataset import Batch, FTDataset, Sample
 from model import GPT2LMModel
 from optimizer import AdamW, Schedule, clip_gradients
 from run_log import RunLog, captions
@@ -24,12 +25,24 @@ from runtime import processes
 from runtime.errors import InputError, Interrupted
 from train_state import Counters, TrainState
 
+# How many tokens are computed at once: more make matrix products hardly faster, but take memory.
+TOKENS_AT_ONCE = 512
+
+
+def joined_batches(data: FTDataset, grad_acc: int) -> int:
+    """How many micro-batches of an update to compute as one, see :meth:`Trainer.unit`.
+
+    It depends on settings and data alone, so that processes agree and a resumed run repeats it.
+    """
+    return max(1, min(grad_acc, int(TOKENS_AT_ONCE / (data.batch_size * data.mean_tokens()))))
+
 
 @dataclass(frozen=True)
 class TrainOptions:
     """How a step trains. A step is a micro-batch; ``grad_acc`` of them make an update."""
 
     grad_acc: int = 1
+    joined: int = 1  # how many micro-batches of an update are computed as one, at most
     clip: float = 0.0  # largest norm of the whole gradient; 0: no limit
     label_smooth: float = 0.0
     seed: int = 10  # of dropout and of the order of samples
@@ -38,8 +51,9 @@ class TrainOptions:
 class Trainer:
     """A model in training: its optimizer, the gradients since the last update, the steps done.
 
-    If there are several processes, each calls :meth:`step` with a batch of its own; all hold the
-    same weights.
+    Consecutive micro-batches of an update are a unit: :meth:`backward` computes them as one, which
+    is faster, and :meth:`step` ends each of them. If there are several processes, each calls
+    both for batches of its own; all hold the same weights.
     """
 
     def __init__(self, model: GPT2LMModel, optimizer: AdamW, schedule: Schedule,
@@ -50,45 +64,64 @@ class Trainer:
         self.gradients: dict[str, jt.Var] = {}  # by parameter name; empty after an update
         model.train()
 
-    def step(self, batch: Batch) -> float:
-        """Forward and backward pass of a micro-batch, at each grad_acc-th also an update.
+    def unit(self, left: int) -> int:
+        """How many micro-batches the next unit has, of ``left``."""
+        done, joined = self.steps % self.options.grad_acc, self.options.joined
+        return min(joined - done % joined, self.options.grad_acc - done, left)
 
-        Returns the loss over all processes' batches. Raises FloatingPointError, before the update,
-        if it is not finite.
+    def backward(self, batches: Sequence[Batch]) -> list[float]:
+        """Adds the gradients of a unit to ``gradients``; returns the loss of each micro-batch.
+
+        A loss is over all processes' batches. Raises FloatingPointError if one is not finite.
         """
-        options = self.options
-        lora.seed_dropout(self.model, options.seed,
-                          (self.steps + 1) * processes.world_size() + processes.rank())
-        share = self._share_of_loss(batch, options.label_smooth)
-        self._accumulate(share / options.grad_acc)
-        loss = processes.total_number(float(share.item()))
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.steps + 1}")
-        if (self.steps + 1) % options.grad_acc == 0:
+        options, first = self.options, self.steps + 1
+        steps = range(first, first + len(batches))
+        lora.seed_dropout(self.model, options.seed, [
+            step * processes.world_size() + processes.rank() for step in steps])
+        shares = self._shares_of_losses(batches)  # (parts,)
+        self._accumulate(shares.sum() / options.grad_acc)
+        losses = processes.total_array(shares.numpy()).tolist()
+        for step, loss in zip(steps, losses):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {step}")
+        return losses
+
+    def step(self) -> None:
+        """Ends a micro-batch that :meth:`backward` computed, each grad_acc-th with an update."""
+        if (self.steps + 1) % self.options.grad_acc == 0:
             self._update()
         self.steps += 1
-        return loss
 
     def evaluate(self, data: FTDataset) -> float:
-        """The mean loss over a data set's batches, without dropout and label smoothing."""
-        self.model.eval()
-        losses = []
-        with jt.no_grad():
-            # Shuffled as by the original's loader, whose epoch stays 0 in validation.
-            for batch in data.batches(self.options.seed, 0, processes.rank(),
-                                      processes.world_size()):
-                losses.append(processes.total_number(float(self._share_of_loss(batch).item())))
-        self.model.train()
-        return sum(losses) / len(losses)
+        """The mean loss over a data set's batches, without dropout and label smoothing.
 
-    def _share_of_loss(self, batch: Batch, label_smooth: float = 0.0) -> jt.Var:
-        """What this process adds to the loss of all processes' batches taken as one batch."""
-        loss = self.model.loss(batch.input_ids, batch.target, batch.mask, label_smooth)
+        The targets are the tokens of the completions. A batch's loss is the mean over its targets.
+        """
+        # Shuffled as by the original's loader, whose epoch stays 0 in validation.
+        batches = data.sample_batches(self.options.seed, 0, processes.rank(),
+                                      processes.world_size())
+        self.model.eval()
+        losses: dict[Sample, float] = {}
+        with jt.no_grad():
+            for group in _groups(sorted({sample for batch in batches for sample in batch
+                                         if sample[1]})):
+                losses.update(zip(group, self.model.completion_losses(group)))
+        self.model.train()
+        sums = [sum(losses.get(sample, 0.0) for sample in batch) for batch in batches]
+        targets = [sum(len(completion) for _, completion in batch) for batch in batches]
+        totals, counts = processes.total_array(np.array([sums, targets], np.float32))
+        return float(np.mean(totals / (counts + 0.0001), dtype=np.float64))
+
+    def _shares_of_losses(self, batches: Sequence[Batch]) -> jt.Var:
+        """What this process adds to the losses (parts,) of all processes' micro-batches."""
+        input_ids, target, mask = (np.concatenate(arrays) for arrays in zip(*(
+            (batch.input_ids, batch.target, batch.mask) for batch in batches)))
+        losses = self.model.loss(input_ids, target, mask, self.options.label_smooth, len(batches))
         if processes.world_size() == 1:
-            return loss
+            return losses
         # The model's loss is the mean over this process's targets: weight it by their number.
-        targets = float(batch.mask.sum())
-        return loss * ((targets + 0.0001) / (processes.total_number(targets) + 0.0001))
+        targets = mask.reshape((len(batches), -1)).sum(axis=1)
+        return losses * jt.array((targets + 0.0001) / (processes.total_array(targets) + 0.0001))
 
     def _accumulate(self, loss: jt.Var) -> None:
         """Adds the gradient of the sum of all processes' ``loss`` to ``gradients``."""
@@ -105,6 +138,20 @@ class Trainer:
             self.gradients = clip_gradients(self.gradients, self.options.clip)
         self.optimizer.step(self.gradients, self.schedule(self.steps))
         self.gradients = {}
+
+
+def _groups(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Divides samples, sorted by context, into groups of about TOKENS_AT_ONCE tokens."""
+    group: list[Sample] = []
+    tokens = 0
+    for context, completion in samples:
+        if tokens >= TOKENS_AT_ONCE:
+            yield group
+            group, tokens = [], 0
+        tokens += len(completion) + (0 if group and group[-1][0] == context else len(context))
+        group.append((context, completion))
+    if group:
+        yield group
 
 
 @dataclass(frozen=True)
@@ -155,30 +202,34 @@ class TrainingRun:
         """
         options, trainer, counters = self.options, self.trainer, self._begin(state)
         first, last_log = trainer.steps, (trainer.steps, time.perf_counter())
-        for epoch, index, batch in self._micro_batches():
-            started = time.perf_counter()
-            loss = self._step(batch)
-            milliseconds = (time.perf_counter() - started) * 1000
-            step = trainer.steps
-            counters.log_sum += loss
-            counters.log_count += 1
-            average = counters.log_sum / counters.log_count
-            on_step(f"avg loss {average:.2f}, ppl {_ppl(average):.2f}")
+        for unit in self._units():
+            begun, started = trainer.steps, time.perf_counter()
+            losses = self._backward([batch for _, _, batch in unit])
+            seconds = (time.perf_counter() - started) / len(unit)  # of a micro-batch
+            for left, (epoch, index, _), loss in zip(reversed(range(len(unit))), unit, losses):
+                started = time.perf_counter()
+                trainer.step()
+                step, ended = trainer.steps, time.perf_counter()
+                counters.log_sum += loss
+                counters.log_count += 1
+                average = counters.log_sum / counters.log_count
+                on_step(f"avg loss {average:.2f}, ppl {_ppl(average):.2f}")
 
-            if step % options.log_interval == 0 or step == self.last_step:
-                self._log_step(epoch, index, loss, last_log)
-                last_log = step, time.perf_counter()
-            elif step - first <= trainer.options.grad_acc:  # Jittor compiles up to the first update
-                last_log = step, time.perf_counter()
-            if step % options.save_interval == 0 and step < self.last_step:
-                self._save_checkpoint()
-            valid_loss = self._validate() if step % options.eval_interval == 0 else None
-            self.log.metrics(step, epoch, trainer.schedule(step - 1), loss, valid_loss,
-                             milliseconds)
+                now = step, ended - left * seconds  # without the micro-batches that are left
+                if step % options.log_interval == 0 or step == self.last_step:
+                    self._log_step(epoch, index, loss, last_log, now)
+                    last_log = now
+                elif step - first <= trainer.options.grad_acc:  # up to its end Jittor compiles
+                    last_log = now
+                if step % options.save_interval == 0 and step < self.last_step:
+                    self._save_checkpoint()
+                valid_loss = self._validate() if step % options.eval_interval == 0 else None
+                self.log.metrics(step, epoch, trainer.schedule(step - 1), loss, valid_loss,
+                                 (seconds + ended - started) * 1000)
             if step < self.last_step:
                 if processes.total_number(stop_requested()):  # in any process
                     self._stop()
-                if step % options.state_interval == 0:
+                if step // options.state_interval > begun // options.state_interval:
                     self._save_state()
         return self._finish()
 
@@ -203,8 +254,14 @@ class TrainingRun:
                                    self.train_data.joint_lm))
         return self.counters
 
+    def _units(self) -> Iterator[list[tuple[int, int, Batch]]]:
+        """The micro-batches that are left, those together that are computed as one."""
+        micro_batches = self._micro_batches()
+        while left := self.last_step - self.trainer.steps:
+            yield list(itertools.islice(micro_batches, self.trainer.unit(left)))
+
     def _micro_batches(self) -> Iterator[tuple[int, int, Batch]]:
-        """(epoch, number in it, batch) of the steps that are left; the numbers begin at 1."""
+        """(epoch, number in it, batch) of the steps to come, for ever; the numbers begin at 1."""
         trainer, data, world_size = self.trainer, self.train_data, processes.world_size()
         epochs, first = divmod(trainer.steps, data.full_batches(world_size))
         for epoch in itertools.count(epochs + 1):
@@ -212,23 +269,22 @@ class TrainingRun:
                                    drop_last=True, first=first)
             for index, batch in enumerate(batches, start=first + 1):
                 yield epoch, index, batch
-                if trainer.steps == self.last_step:
-                    return
             first = 0
 
-    def _step(self, batch: Batch) -> float:
+    def _backward(self, batches: list[Batch]) -> list[float]:
         try:
-            return self.trainer.step(batch)
+            return self.trainer.backward(batches)
         except FloatingPointError as error:
             if self.writes:  # the state of these weights
                 train_state.remove(self.options.work_dir, step=self.trainer.steps)
             raise self._diverged(error) from None
 
-    def _log_step(self, epoch: int, index: int, loss: float, last_log: tuple[int, float]) -> None:
+    def _log_step(self, epoch: int, index: int, loss: float, last_log: tuple[int, float],
+                  now: tuple[int, float]) -> None:
         """The original's log line; averages are over the steps since the one before."""
         step, counters = self.trainer.steps, self.counters
         average = counters.log_sum / counters.log_count
-        milliseconds = (time.perf_counter() - last_log[1]) * 1000 / (step - last_log[0])
+        milliseconds = (now[1] - last_log[1]) * 1000 / (now[0] - last_log[0])
         self.log.line(f"| epoch {epoch:3d} step {step:>8d} | {index:>6d} batches | "
                       f"lr {self.trainer.schedule(step):.3g} | ms/batch {milliseconds:5.2f} | "
                       f"loss {loss:5.2f} | avg loss {average:5.2f} | ppl {_ppl(average):5.2f}")

@@ -77,8 +77,9 @@ def calls(jittor):
         use(ops.layer_norm, floats(2, 3), floats(3), floats(3), 1e-5)
         use(ops.bias_gelu, floats(2, 3), floats(3))
         use(ops.lora_up, floats(2, 4), floats(4), floats(2, 1), floats(4, 1), 1.0, [0])
-        use(ops.dropout, floats(2, 3), 0.5, 1)
+        use(ops.dropout, floats(2, 3), 0.5, [1])
         use(ops.causal_attention, floats(3, 3, 1, 2), [3])
+        ops.causal_attention(floats(4, 3, 1, 2), [3, 1], [(0, 0), (0, 3)])
         ops.beam_attention(floats(1, 3, 1, 2), floats(1, 3, 1, 2), ints([[0, 1]]), None,
                            ints([[0]]), 1, 1)
         ops.adamw_update(*[floats(3)] * 4, beta1=0.9, beta2=0.9, epsilon=1e-6, step_size=0.1,

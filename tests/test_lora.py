@@ -100,7 +100,7 @@ def dropped_out(jittor, layer, step=1, seed=1):
     """The layer's output for each unit vector; it is 0 where dropout drops the input."""
     import lora
 
-    lora.seed_dropout(layer, seed, step)
+    lora.seed_dropout(layer, seed, [step])
     layer.train()
     return layer(jittor.array(np.eye(24, dtype=np.float32))).numpy()
 
@@ -121,8 +121,8 @@ def test_dropout_is_on_the_input_of_the_detour(layer, jittor):
     from ops import dropout
 
     for seed in (3, 4):
-        layer.dropout_seed = seed
-        kept = float(dropout(x, 0.5, seed).numpy().sum())  # twice the number of kept inputs
+        layer.dropout_seeds = [seed]
+        kept = float(dropout(x, 0.5, [seed]).numpy().sum())  # twice the number of kept inputs
         assert np.allclose(layer(x).numpy(), 2 * kept) and 0 < kept < 48
     layer.eval()
     assert np.allclose(layer(x).numpy(), 48)
@@ -142,9 +142,9 @@ def test_layers_of_a_model_have_masks_of_their_own(lora, small_model):
     model = small_model(n_layer=3, dropout=0.1)
     seeds = set()
     for step in (1, 2):
-        lora.seed_dropout(model, 5, step)
-        seeds |= {block.attn.c_attn.dropout_seed for block in model.transformer.h}
-    assert len(seeds) == 6 and all(0 <= seed < 2 ** 31 for seed in seeds)
+        lora.seed_dropout(model, 5, [step, step + 2])
+        seeds |= {s for block in model.transformer.h for s in block.attn.c_attn.dropout_seeds}
+    assert len(seeds) == 12 and all(0 <= seed < 2 ** 31 for seed in seeds)
 
 
 def test_dropout_reaches_the_loss_of_a_model(lora, small_model):
@@ -152,7 +152,7 @@ def test_dropout_reaches_the_loss_of_a_model(lora, small_model):
     ids = np.arange(12, dtype=np.int32).reshape(2, 6)
 
     def loss(step):
-        lora.seed_dropout(model, 1, step)
+        lora.seed_dropout(model, 1, [step])
         return float(model.loss(ids, ids, np.ones((2, 6), np.float32)).item())
 
     model.train()

@@ -247,6 +247,22 @@ def test_causal_attention_of_a_real_size(ops, agree):
           lambda x: ops.plain_causal_attention(x, lengths), None, qkv)
 
 
+@pytest.mark.parametrize("lengths, prefixes, heads, depth", [
+    ([3, 1], [(0, 0), (0, 3)], 1, 1),
+    ([4, 2, 5, 1, 70, 3], [(0, 0), (0, 4), (0, 4), (0, 0), (11, 12), (1, 3)], 3, 8),
+])
+def test_causal_attention_behind_a_prefix(ops, jittor, lengths, prefixes, heads, depth):
+    """As if each sequence stood alone, its prefix before it."""
+    qkv = np.random.default_rng(depth).normal(scale=1.5, size=(sum(lengths), 3, heads, depth))
+    sequences = np.split(qkv, np.cumsum(lengths)[:-1])
+    truth = np.concatenate([
+        attention(np.concatenate([qkv[begin:end], own])[None])[0][end - begin:]
+        for own, (begin, end) in zip(sequences, prefixes)])
+    for function in (ops.causal_attention, ops.plain_causal_attention):
+        close(function(jittor.array(qkv.astype(np.float32)), lengths, prefixes).numpy(), truth,
+              1e-5)
+
+
 def test_causal_attention_of_growing_scores(ops, agree):
     """The CUDA kernel reads 64 keys in each step, and rescales its sums when the largest score
     changes. A head has more numbers than a block has threads (64)."""
@@ -368,7 +384,7 @@ def test_top_log_probs_where_too_few_are_allowed(ops, jittor):
 
 
 def mask_of(ops, jittor, shape, p, seed):
-    return ops.dropout(jittor.ones(shape), p, seed).numpy()
+    return ops.dropout(jittor.ones(shape), p, [seed]).numpy()
 
 
 def test_dropout_rate_and_scaling(ops, jittor):
@@ -389,7 +405,7 @@ def test_dropout_depends_on_seed_and_position_alone(ops, jittor):
     assert (first == mask_of(ops, jittor, (40, 50), 0.3, 11)).all()
     assert (first.ravel()[:60] == mask_of(ops, jittor, (2, 30), 0.3, 11).ravel()).all()
     x = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32)
-    assert np.array_equal(ops.dropout(jittor.array(x), 0.3, 11).numpy(), x * first)
+    assert np.array_equal(ops.dropout(jittor.array(x), 0.3, [11]).numpy(), x * first)
     for seed in (12, 11 + 2 ** 30):  # independent masks agree where both drop or both keep
         agreeing = ((first == 0) == (mask_of(ops, jittor, (40, 50), 0.3, seed) == 0)).mean()
         assert abs(agreeing - (0.3 ** 2 + 0.7 ** 2)) < 4 * np.sqrt(0.58 * 0.42 / 2000)
@@ -407,10 +423,22 @@ def test_dropout_is_the_hash_it_says(ops, jittor):
     assert ((mask_of(ops, jittor, (40, 50), 0.3, 2 ** 31 - 1) != 0).ravel() == kept).all()
 
 
-def test_dropout_gradient_has_the_same_mask(ops, jittor):
+def test_dropout_of_parts_is_that_of_each_alone(ops, jittor):
+    x = np.random.default_rng(0).normal(size=(11, 50)).astype(np.float32)
+    seeds, starts = [3, 8, 3, 5], [0, 1, 6, 9]
+    together = ops.dropout(jittor.array(x), 0.3, seeds, starts).numpy()
+    alone = [ops.dropout(jittor.array(part), 0.3, [seed]).numpy()
+             for part, seed in zip(np.split(x, starts[1:]), seeds)]
+    assert np.array_equal(together, np.concatenate(alone))
+    with pytest.raises(ValueError, match="1 seeds for 2 parts"):
+        ops.dropout(jittor.array(x), 0.3, [3], [0, 4])
+
+
+@pytest.mark.parametrize("seeds, starts", [([5], [0]), ([5, 6], [0, 3])])
+def test_dropout_gradient_has_the_same_mask(ops, jittor, seeds, starts):
     x = jittor.ones((7, 9))
     upstream = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
-    y = ops.dropout(x, 0.4, 5)
+    y = ops.dropout(x, 0.4, seeds, starts)
     gradient = jittor.grad((y * jittor.array(upstream)).sum(), x).numpy()
     assert np.allclose(gradient, y.numpy() * upstream, rtol=1e-6) and (gradient == 0).any()
 

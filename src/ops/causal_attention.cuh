@@ -10,12 +10,17 @@ __device__ static int sequence_of(int token, const int* starts) {
 
 template <int D>
 __global__ static void causal_attention(float* y, float* log_sums, const float* qkv,
-        const int* starts, int tokens, int heads, int sequences) {
-    const int i = blockIdx.x, h = blockIdx.y, C = heads * D, first = starts[sequence_of(i, starts)];
-    const float* q = qkv + (int64_t)i * 3 * C + h * D;
-    const float* keys = qkv + ((int64_t)first * 3 + 1) * C + h * D;
-    const auto key = [=](int j) { return keys + (int64_t)j * 3 * C; };
-    const float lse = attend(y + (int64_t)i * C + h * D, q, key, i - first + 1, C, D);
+        const int* starts, const int* prefixes, int tokens, int heads, int sequences) {
+    const int i = blockIdx.x, h = blockIdx.y, C = heads * D;
+    const int b = sequence_of(i, starts), first = starts[b], before = prefixes ? prefixes[2 * b] : 0;
+    const int seen = prefixes ? prefixes[2 * b + 1] - before : 0;
+    const float* queries = qkv + h * D;
+    const auto key = [=](int j) {
+        const int64_t token = j < seen ? before + j : first + j - seen;
+        return queries + (token * 3 + 1) * C;
+    };
+    const float lse = attend(y + (int64_t)i * C + h * D, queries + (int64_t)i * 3 * C, key,
+                             seen + i - first + 1, C, D);
     if (threadIdx.x == 0) log_sums[(int64_t)i * heads + h] = lse;
 }
 

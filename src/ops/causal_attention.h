@@ -1,7 +1,8 @@
 // Causal self-attention over whole sequences, and its gradient.
 // qkv, dqkv: (tokens, 3, heads, D), the query, key and value of each token; starts:
-// (sequences + 1), the first token of each sequence, then tokens; y, dy: (tokens, heads, D);
-// log_sums: (tokens, heads), the log of the sum of exp(scores).
+// (sequences + 1), the first token of each sequence, then tokens; prefixes: (sequences, 2), the first
+// and the last-plus-one of the other tokens that a sequence sees before its own, or nullptr; y, dy:
+// (tokens, heads, D); log_sums: (tokens, heads), the log of the sum of exp(scores).
 
 #include <cstdint>
 #include <vector>
@@ -16,23 +17,27 @@ template <int D> struct Head {
     std::vector<float> numbers;  // (pieces, T, D)
     Head(int T, int pieces) : T(T), numbers((int64_t)pieces * T * D) {}
     float* operator[](int piece) { return numbers.data() + (int64_t)piece * T * D; }
-    void read(int piece, const float* from, int64_t stride) {
-        for (int t = 0; t < T; t++) std::copy_n(from + t * stride, D, (*this)[piece] + t * D);
+    // Reads the positions from `begin` to `end`.
+    void read(int piece, const float* from, int64_t stride, int begin, int end) {
+        for (int t = begin; t < end; t++, from += stride)
+            std::copy_n(from, D, (*this)[piece] + t * D);
     }
-    void write(int piece, float* to, int64_t stride) {
-        for (int t = 0; t < T; t++) std::copy_n((*this)[piece] + t * D, D, to + t * stride);
+    // Writes the positions from `begin` on.
+    void write(int piece, float* to, int64_t stride, int begin = 0) {
+        for (int t = begin; t < T; t++, to += stride) std::copy_n((*this)[piece] + t * D, D, to);
     }
 };
 
-// Computes Y and the log_sums of the head, which are `heads` numbers apart.
-template <int D> static void attend(Head<D>& head, float* log_sums, int heads) {
+// Computes Y and the log_sums of the head's positions from `begin` on; the latter are `heads`
+// numbers apart.
+template <int D> static void attend(Head<D>& head, int begin, float* log_sums, int heads) {
     const int T = head.T;
     const float scale = 1 / std::sqrt((float)D);
     float *q = head[Q], *k = head[K], *v = head[V], *y = head[Y];
     std::vector<float> p(T);
-    for (int i = 0; i < T; i++) {
+    for (int i = begin; i < T; i++) {
         for (int j = 0; j <= i; j++) p[j] = inner(q + i * D, k + j * D, D) * scale;
-        log_sums[(int64_t)i * heads] = softmax(p.data(), i + 1);
+        log_sums[(int64_t)(i - begin) * heads] = softmax(p.data(), i + 1);
         for (int j = 0; j <= i; j++) add_scaled(y + i * D, p[j], v + j * D, D);
     }
 }
@@ -40,16 +45,20 @@ template <int D> static void attend(Head<D>& head, float* log_sums, int heads) {
 // `tokens` is here for the CUDA form, which launches a block for each token.
 template <int D>
 static void causal_attention(float* y, float* log_sums, const float* qkv, const int* starts,
-        int tokens, int heads, int sequences) {
+        const int* prefixes, int tokens, int heads, int sequences) {
     const int C = heads * D;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < sequences; b++)
         for (int h = 0; h < heads; h++) {
-            const int64_t first = starts[b];
-            Head<D> head(starts[b + 1] - first, Y + 1);
-            for (int i = Q; i <= V; i++) head.read(i, qkv + (first * 3 + i) * C + h * D, 3 * C);
-            attend(head, log_sums + first * heads + h, heads);
-            head.write(Y, y + first * C + h * D, C);
+            const int64_t first = starts[b], before = prefixes ? prefixes[2 * b] : 0;
+            const int seen = prefixes ? prefixes[2 * b + 1] - before : 0;
+            Head<D> head(seen + starts[b + 1] - first, Y + 1);
+            for (int i = Q; i <= V; i++) {
+                head.read(i, qkv + (before * 3 + i) * C + h * D, 3 * C, 0, seen);
+                head.read(i, qkv + (first * 3 + i) * C + h * D, 3 * C, seen, head.T);
+            }
+            attend(head, seen, log_sums + first * heads + h, heads);
+            head.write(Y, y + first * C + h * D, C, seen);
         }
 }
 
@@ -90,9 +99,9 @@ static void grad_causal_attention(float* dqkv, const float* qkv, const int* star
         for (int h = 0; h < heads; h++) {
             const int64_t first = starts[b];
             Head<D> head(starts[b + 1] - first, DV + 1);
-            for (int i = Q; i <= V; i++) head.read(i, qkv + (first * 3 + i) * C + h * D, 3 * C);
-            head.read(Y, y + first * C + h * D, C);
-            head.read(DY, dy + first * C + h * D, C);
+            for (int i = Q; i <= V; i++) head.read(i, qkv + (first * 3 + i) * C + h * D, 3 * C, 0, head.T);
+            head.read(Y, y + first * C + h * D, C, 0, head.T);
+            head.read(DY, dy + first * C + h * D, C, 0, head.T);
             differentiate(head, log_sums + first * heads + h, heads);
             for (int i = Q; i <= V; i++)
                 head.write(DQ + i, dqkv + (first * 3 + i) * C + h * D, 3 * C);

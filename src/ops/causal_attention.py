@@ -1,5 +1,7 @@
 """Causal self-attention over whole sequences (Vaswani et al., 2017)."""
 
+from __future__ import annotations
+
 import math
 from typing import Sequence
 
@@ -11,46 +13,67 @@ from ops.native import run, wants_plain
 MASKED = -1e10  # a score whose softmax is exactly 0; -Ofast does not allow infinity
 
 
-def causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
+def causal_attention(qkv: jt.Var, lengths: Sequence[int],
+                     prefixes: Sequence[tuple[int, int]] | None = None) -> jt.Var:
     """Each position of a sequence attends to itself and to the positions before it.
 
     qkv (N, 3, H, D) float32 holds query, key and value of each head, for the sequences of the given
-    ``lengths`` one after the other, whose sum is N -> (N, H, D).
+    ``lengths`` one after the other, whose sum is N -> (N, H, D). With ``prefixes``, each position
+    of sequence i also attends to the tokens prefixes[i][0] to prefixes[i][1] - 1, which stand
+    before it as another sequence; then there are no gradients.
     """
     if wants_plain():
-        return plain_causal_attention(qkv, lengths)
-    return _CausalAttention.apply(qkv, list(lengths))
+        return plain_causal_attention(qkv, lengths, prefixes)
+    if prefixes is None:
+        return _CausalAttention.apply(qkv, list(lengths))
+    return _forward(qkv, _starts(lengths), prefixes)[0]
 
 
 class _CausalAttention(jt.Function):
     def execute(self, qkv, lengths):
-        tokens, _, heads, self.depth = qkv.shape
-        starts = jt.array(np.cumsum([0, *lengths], dtype=np.int32))
+        starts = _starts(lengths)
+        y, log_sums = _forward(qkv, starts)
+        self.saved = {"qkv (tokens, _, heads)": qkv, "starts": starts, "y": y, "log_sums": log_sums}
         self.sequences = len(lengths)
-        self.saved = {"qkv (tokens, _, heads)": qkv, "starts": starts}
-        outputs = {"y": (tokens, heads, self.depth), "log_sums": (tokens, heads)}
-        y, log_sums = self._run("causal_attention", outputs, self.saved)
-        self.saved.update(y=y, log_sums=log_sums)
         return y
 
     def grad(self, dy):
-        shape = (dy.shape[0], 3, *dy.shape[1:])
-        dqkv, = self._run("grad_causal_attention", {"dqkv": shape}, {**self.saved, "dy": dy})
+        tokens, heads, depth = dy.shape
+        dqkv, = _run("grad_causal_attention", {"dqkv": (tokens, 3, heads, depth)},
+                     {**self.saved, "dy": dy}, depth, self.sequences)
         return dqkv, None
 
-    def _run(self, function, outputs, inputs):
-        # The loops over a head's depth are short: they are faster if the compiler knows it.
-        return run("causal_attention", f"{function}<{self.depth}>", outputs, inputs,
-                   "dim3(tokens, heads), ATTENTION_THREADS", sequences=self.sequences)
+
+def _starts(lengths: Sequence[int]) -> jt.Var:
+    return jt.array(np.cumsum([0, *lengths], dtype=np.int32))
 
 
-def plain_causal_attention(qkv: jt.Var, lengths: Sequence[int]) -> jt.Var:
+def _forward(qkv: jt.Var, starts: jt.Var,
+             prefixes: Sequence[tuple[int, int]] | None = None) -> list[jt.Var]:
+    """y (N, H, D) and log_sums (N, H), which the gradient needs."""
+    tokens, _, heads, depth = qkv.shape
+    return _run("causal_attention", {"y": (tokens, heads, depth), "log_sums": (tokens, heads)},
+                {"qkv (tokens, _, heads)": qkv, "starts": starts,
+                 "prefixes": None if prefixes is None else jt.array(np.array(prefixes, np.int32))},
+                depth, starts.shape[0] - 1)
+
+
+def _run(function, outputs, inputs, depth, sequences):
+    # The loops over a head's depth are short: they are faster if the compiler knows it.
+    return run("causal_attention", f"{function}<{depth}>", outputs, inputs,
+               "dim3(tokens, heads), ATTENTION_THREADS", sequences=sequences)
+
+
+def plain_causal_attention(qkv: jt.Var, lengths: Sequence[int],
+                           prefixes: Sequence[tuple[int, int]] | None = None) -> jt.Var:
     """:func:`causal_attention` in Jittor's own operators."""
     mixed, first = [], 0
-    for length in lengths:
-        q, k, v = (qkv[first:first + length, i].transpose(1, 0, 2) for i in range(3))  # (H, T, D)
-        scores = jt.matmul(q, k.transpose(0, 2, 1)) / math.sqrt(q.shape[-1])  # (H, T, T)
-        past = jt.index(scores.shape, 2) <= jt.index(scores.shape, 1)  # (H, T, T)
+    for length, (begin, end) in zip(lengths, prefixes or [(0, 0)] * len(lengths)):
+        own = qkv[first:first + length]  # (T, 3, H, D)
+        seen = jt.concat([qkv[begin:end], own], dim=0) if end > begin else own  # (S + T, 3, H, D)
+        q, k, v = (x.transpose(1, 0, 2) for x in (own[:, 0], seen[:, 1], seen[:, 2]))  # (H, _, D)
+        scores = jt.matmul(q, k.transpose(0, 2, 1)) / math.sqrt(q.shape[-1])  # (H, T, S + T)
+        past = jt.index(scores.shape, 2) <= jt.index(scores.shape, 1) + (end - begin)
         weights = plain_softmax(jt.ternary(past, scores, jt.full(scores.shape, MASKED)))
         mixed.append(jt.matmul(weights, v).transpose(1, 0, 2))  # (T, H, D)
         first += length

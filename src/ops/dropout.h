@@ -1,4 +1,5 @@
-// Dropout. y, x: (count). On a GPU, one thread computes one number.
+// Dropout. y, x: (rows, columns); starts, seeds: (parts), the first row of each part and the seed of
+// its mask; starts[0] is 0. On a GPU, one block computes one row.
 
 #include "device.h"
 
@@ -14,6 +15,13 @@ DEVICE float keep_scale(uint32_t i, uint32_t seed, float p) {
     return (h >> 8) * (1.f / 16777216.f) < p ? 0.f : 1.f / (1.f - p);
 }
 
-KERNEL void dropout(float* y, const float* x, int64_t count, uint32_t seed, float p) {
-    FOR_EACH (i, count) y[i] = x[i] * keep_scale(i, seed, p);
+KERNEL void dropout(float* y, const float* x, const int* starts, const int* seeds, int rows,
+        int columns, int parts, float p) {
+    FOR_ROWS (n, rows) {
+        int part = 0;
+        while (part + 1 < parts && starts[part + 1] <= n) part++;
+        const uint32_t first = (uint32_t)(n - starts[part]) * columns, seed = seeds[part];
+        const int64_t at = (int64_t)n * columns;
+        FOR_COLUMNS (c, columns) y[at + c] = x[at + c] * keep_scale(first + c, seed, p);
+    }
 }

@@ -29,7 +29,7 @@ FLAGS = ["--train_batch_size", 2, "--valid_batch_size", 2, "--grad_acc", 3, "--s
          "--log_interval", 4, "--eval_interval", 3, "--state_interval", 1, "--lora_dim", 2,
          "--lora_alpha", 8, "--lora_dropout", 0.2, "--label_smooth", 0.1, "--correct_bias",
          "--clip", 1, "--warmup_step", 2]
-STEPS = 12
+STEPS, UNIT = 12, 3  # steps; micro-batches that are computed as one, here a whole update
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +57,25 @@ def left(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def train(flags, tiny):
-    """Trains in this process; raises signal ``number`` in the middle of step ``stop``."""
+    """Trains in this process; raises signal ``number`` in the middle of step ``stop``.
+
+    With ``alone``, each micro-batch is computed alone, as if it had many tokens.
+    """
     import gpt2_ft
     import trainer
 
-    def run(work_dir, *more, stop=None, number=signal.SIGINT):
+    def run(work_dir, *more, stop=None, number=signal.SIGINT, alone=False):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
         with pytest.MonkeyPatch.context() as patch:
-            def seed_dropout(model, seed, step, original=trainer.lora.seed_dropout):
-                if step == stop:
+            def seed_dropout(model, seed, steps, original=trainer.lora.seed_dropout):
+                if stop in steps:
                     signal.raise_signal(number)
-                original(model, seed, step)
+                original(model, seed, steps)
 
             patch.setattr(trainer.lora, "seed_dropout", seed_dropout)
+            if alone:
+                patch.setattr(trainer, "TOKENS_AT_ONCE", 1)
             return run_main(gpt2_ft.main, [*flags, "--work_dir", work_dir, *more])
 
     return run
@@ -85,7 +90,8 @@ def whole(train, tmp_path_factory):
 
 
 def test_a_finished_run_leaves_no_state(whole):
-    assert whole["others"] == {"finished.json", "train.log", "metrics.csv", "loss.png"}
+    assert whole["others"] == {"finished.json", "train.log", "metrics.csv", "loss.png",
+                               ".training"}  # the lock's file
     assert {name for name in whole if name.startswith("model")} == {
         "model.5.pt", "model.10.pt", "model.12.pt", "model.best.pt"}
     best = min(range(len(whole["rows"])), key=lambda i: float(whole["rows"][i][4] or "inf"))
@@ -109,16 +115,65 @@ def test_a_finished_run_is_recognised(train, whole, tmp_path):
     assert left(tmp_path) == whole
 
 
-@pytest.mark.parametrize("stop", range(1, STEPS))
-def test_stopped_at_every_step(train, whole, tmp_path, stop):
+def stops_and_resumes(train, whole, folder, stop, end, **options):
+    """A run that is stopped in step ``stop`` ends after step ``end``, and resumed as ``whole``."""
     number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[stop % 3]
-    code, said = train(tmp_path, "--state_interval", 100, stop=stop, number=number)
+    code, said = train(folder, "--state_interval", 100, stop=stop, number=number, **options)
     assert code == 130
-    assert said == f"stopped after step {stop}; to continue: the same command with --resume\n"
-    assert [path.name for path in tmp_path.glob("resume.*")] == [f"resume.{stop}.pt"]
+    assert said == f"stopped after step {end}; to continue: the same command with --resume\n"
+    assert [path.name for path in folder.glob("resume.*")] == [f"resume.{end}.pt"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert train(tmp_path, "--resume") == (0, "")
-    assert left(tmp_path) == whole
+    assert train(folder, "--resume", **options) == (0, "")
+    assert left(folder) == whole
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS - UNIT + 1))
+def test_stopped_at_every_step(train, whole, tmp_path, stop):
+    stops_and_resumes(train, whole, tmp_path, stop, -(-stop // UNIT) * UNIT)
+
+
+@pytest.fixture(scope="module")
+def whole_alone(train, tmp_path_factory):
+    """The result of a run that computes each micro-batch alone."""
+    folder = tmp_path_factory.mktemp("whole_alone")
+    assert train(folder, alone=True) == (0, "")
+    return left(folder)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 6, 11])
+def test_stopped_between_the_micro_batches_of_an_update(train, whole_alone, tmp_path, stop):
+    stops_and_resumes(train, whole_alone, tmp_path, stop, stop, alone=True)
+
+
+def agree(ours, theirs):
+    """Asserts that two runs' results are the same but for rounding."""
+    assert ours.keys() == theirs.keys() and ours["others"] == theirs["others"]
+    assert [row[:2] for row in ours["rows"]] == [row[:2] for row in theirs["rows"]]
+    for column in (2, 3, 4):
+        values = [[row[column] for row in side["rows"]] for side in (ours, theirs)]
+        assert [float(v or 0) for v in values[0]] == pytest.approx(
+            [float(v or 0) for v in values[1]], rel=1e-4)
+    number = r"\d+\.\d+"
+    assert re.sub(number, "", ours["log"]) == re.sub(number, "", theirs["log"])
+    assert [float(n) for n in re.findall(number, ours["log"])] == pytest.approx(
+        [float(n) for n in re.findall(number, theirs["log"])], abs=0.03)
+
+
+def test_computed_as_one_or_alone(train, whole, whole_alone, tmp_path):
+    """The same log lines, losses and files in the same order, also those of steps in a unit; a
+    state between the micro-batches of an update, as older versions left it, is gone on from."""
+    agree(whole, whole_alone)
+    for folder, stop in ((tmp_path / "4", 4), (tmp_path / "8", 8)):
+        assert train(folder, stop=stop, alone=True)[0] == 130
+        assert (folder / f"resume.{stop}.pt").is_file()
+        assert train(folder, "--resume") == (0, "")
+        agree(left(folder), whole)
+    for name in ("model.5.pt", "model.10.pt"):  # in the middle of a unit: before its update
+        (tmp_path / name).write_bytes(whole[name])
+        (tmp_path / f"alone.{name}").write_bytes(whole_alone[name])
+        ours, theirs = (torch_file.load(path)["model_state_dict"]
+                        for path in (tmp_path / name, tmp_path / f"alone.{name}"))
+        assert all(np.allclose(array, theirs[key], atol=1e-4) for key, array in ours.items())
 
 
 def test_stopped_twice_without_lora(train, tmp_path):
@@ -143,8 +198,8 @@ def test_the_state_serves_as_lora_checkpoint(train, tmp_path):
 def test_the_newest_whole_state(train, whole, tmp_path, damage):
     assert train(tmp_path, stop=7)[0] == 130
     assert sorted(path.name for path in tmp_path.glob("resume.*")) == [
-        "resume.6.pt", "resume.7.pt"]
-    newest = tmp_path / "resume.7.pt"
+        "resume.6.pt", "resume.9.pt"]
+    newest = tmp_path / "resume.9.pt"
     newest.write_bytes(damage(newest.read_bytes()))
     assert train(tmp_path, "--resume") == (0, "")
     assert left(tmp_path) == whole
@@ -152,28 +207,29 @@ def test_the_newest_whole_state(train, whole, tmp_path, damage):
     for path in tmp_path.glob("resume.*"):
         path.write_bytes(b"")
     code, said = train(tmp_path, "--resume")
-    assert code == 1 and said.startswith(f"error: {tmp_path / 'resume.2.pt'}: no state")
+    assert code == 1 and said.startswith(f"error: {tmp_path / 'resume.3.pt'}: no state")
 
 
 def test_a_state_holds_the_generators_that_fill_up_batches(train, flags, tmp_path):
-    """The run stops at step 5: an epoch has 4 steps, and a validation followed step 3.
+    """The run stops after step 6: an epoch has 4 steps, and validations followed steps 3 and 6.
 
     10 is the default seed.
     """
     assert train(tmp_path, stop=5)[0] == 130
-    about = json.loads(torch_file.load(tmp_path / "resume.5.pt")["about"])
+    about = json.loads(torch_file.load(tmp_path / "resume.6.pt")["about"])
     data, valid = (FTDataset(path, 2, 12) for path in flags[1:4:2])
     unused = valid.fill_state
-    for number, _ in enumerate([*data.batches(10, 1), *itertools.islice(data.batches(10, 2), 1)]):
-        assert number < 5
-    list(valid.batches(10, 0))
+    for number, _ in enumerate([*data.batches(10, 1), *itertools.islice(data.batches(10, 2), 2)]):
+        assert number < 6
+    for _ in (3, 6):
+        list(valid.batches(10, 0))
     assert about["train_fill"] == [data.fill_state]
     assert about["valid_fill"] == [valid.fill_state] != [unused]
 
 
 @pytest.fixture(scope="module")
 def stopped(train, tmp_path_factory):
-    """A work dir whose only state is that after step 4."""
+    """A work dir whose only state is that after step 6."""
     folder = tmp_path_factory.mktemp("stopped")
     assert train(folder, stop=4)[0] == 130
     (folder / "resume.3.pt").unlink()
@@ -189,10 +245,10 @@ def stopped(train, tmp_path_factory):
 ], ids=["none", "no process", "two processes", "flat", "short", "index", "negative", "large",
         "text", "bool"])
 def test_a_malformed_state_of_fillers_is_refused(train, stopped, tmp_path, key, change):
-    raw = torch_file.load(stopped / "resume.4.pt")
+    raw = torch_file.load(stopped / "resume.6.pt")
     about = json.loads(raw["about"])
     about[key] = change(about[key])
-    path = tmp_path / "resume.4.pt"
+    path = tmp_path / "resume.6.pt"
     torch_file.save(path, {**raw, "about": json.dumps(about)})
     assert train(tmp_path, "--resume") == (
         1, f"error: {path}: no state of a training run; remove it\n")
@@ -208,12 +264,12 @@ def test_other_settings_are_refused(train, whole, flags, tmp_path):
                         (["--train_data", other], "another --train_data")):
         code, said = train(tmp_path, *more, "--resume")
         assert code == 1 and len(said.splitlines()) == 1 and named in said, said
-        assert str(tmp_path / "resume.4.pt") in said and "--resume" in said
+        assert str(tmp_path / "resume.6.pt") in said and "--resume" in said
     other.unlink()
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     # flags without effect on the result may differ; if others differ, auto starts a new run
     assert train(tmp_path, "--lr", 0.03, "--resume", "auto", stop=3)[0] == 130
-    assert not (tmp_path / "resume.4.pt").exists()
+    assert not (tmp_path / "resume.6.pt").exists()
     assert train(tmp_path, stop=4)[0] == 130
     assert train(tmp_path, "--state_interval", 2, "--keep_last", 9, "--resume") == (0, "")
     assert left(tmp_path) == whole
@@ -238,10 +294,9 @@ def test_a_shortened_log_is_refused(train, tmp_path):
 
 
 def test_a_new_run_removes_an_old_state(train, whole, tmp_path):
-    assert train(tmp_path, "--seq_len", 11, stop=11)[0] == 130
+    assert train(tmp_path, "--seq_len", 11, stop=8)[0] == 130
     assert train(tmp_path, stop=3)[0] == 130
-    assert [path.name for path in tmp_path.glob("resume.*")] == ["resume.3.pt", "resume.2.pt"] or \
-        {path.name for path in tmp_path.glob("resume.*")} == {"resume.2.pt", "resume.3.pt"}
+    assert [path.name for path in tmp_path.glob("resume.*")] == ["resume.3.pt"]
     (tmp_path / "model.5.pt").unlink(missing_ok=True)
     (tmp_path / "model.10.pt").unlink(missing_ok=True)
     assert train(tmp_path, "--resume") == (0, "")
@@ -386,7 +441,7 @@ def test_a_work_dir_of_two_megabytes(script, tmp_path):
         _, said = process.communicate()
         assert process.returncode == 1
         assert re.fullmatch(rf"error: {out}/model.12.pt: cannot be written: No space.*\n", said)
-        assert {path.name for path in out.iterdir()} >= {"resume.10.pt", "resume.11.pt"}
+        assert {path.name for path in out.iterdir()} >= {"resume.6.pt", "resume.9.pt"}
         assert not list(out.glob("model.12.pt")) and not list(out.glob(".*.part"))
         subprocess.run(["mount", "-o", "remount,size=80m", out], check=True)
         process = script("--resume")

@@ -76,14 +76,16 @@ def test_notes_and_pace(tiny, tmp_path, monkeypatch):
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text(
             json.dumps({"context": [1, 2, 3], "completion": [4, 5, 6]}) + "\n")
-    clock, notes, step = [0.0], [], trainer.Trainer.step
+    clock, notes, backward = [0.0], [], trainer.Trainer.backward
 
-    def slow_step(self, batch):
-        clock[0] += 60 if self.steps < 3 else 0.25  # all is compiled after the first update
-        return step(self, batch)
+    def slow_backward(self, batches):
+        assert len(batches) in (1, 3)  # a whole update, and what is left of the last one
+        # all is compiled after the first update
+        clock[0] += (60 if self.steps < 3 else 0.25) * len(batches)
+        return backward(self, batches)
 
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(trainer.Trainer, "step", slow_step)
+    monkeypatch.setattr(trainer.Trainer, "backward", slow_backward)
     monkeypatch.setattr(gpt2_ft.Progress, "update", lambda self, n=1, note="": notes.append(note))
     flags = ["--train_data", tmp_path / "train.jsonl", "--valid_data", tmp_path / "valid.jsonl",
              "--work_dir", tmp_path / "out", "--model_card", "gpt2.nano", "--seq_len", "16",

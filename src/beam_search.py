@@ -45,7 +45,8 @@ def predict(generator: Generator, queries: Sequence[Tokens], options: BeamOption
     """The best continuation of each query: at most eval_len token ids, the end token included.
 
     Equal queries are searched once. ``batch_size`` queries are searched at a time, which changes
-    the speed only. ``on_batch`` gets the answers of each batch, by query.
+    the speed only (on the CPU, scores are the same to the last bit). ``on_batch`` gets the answers
+    of each batch, by query.
     """
     distinct = sorted(dict.fromkeys(queries), key=len)  # similar lengths need little padding
     answers: dict[Tokens, list[int]] = {}

@@ -7,18 +7,22 @@ from typing import Sequence
 
 import model_flags
 from config import GPT2Config, LoRAConfig
-from runtime import memory
+from runtime import memory, processes
 from runtime.flags import at_least, between, wrong
 from runtime.progress import log
 
 CARD = "gpt2.sm"  # the original's default
 END_OF_TEXT = 50256
+FAST_ROWS = 160  # of a step; with more rows, a token takes hardly less time
 
 
 def add_flags(parser: argparse.ArgumentParser, data: argparse._ArgumentGroup) -> None:
     """Adds the flags; ``data`` is the group of the parser's flags on what is to be continued."""
     data.add_argument("--batch_size", type=at_least(1), default=10,
                       help="contexts searched at a time; changes the speed only")
+    data.add_argument("--hold_batch_size", action="store_true",
+                      help="search no more than --batch_size contexts at a time; without it, on "
+                           "the CPU more where that is faster and memory is free")
     data.add_argument("--seq_len", type=at_least(2), default=512,
                       help="a context keeps its last seq_len - eval_len tokens")
     data.add_argument("--eval_len", type=at_least(1), default=256, help="most tokens to generate")
@@ -77,12 +81,29 @@ def cuts(args: argparse.Namespace, samples: Sequence[tuple[Sequence[int], Sequen
             f"{room + max(len(context) for context, _ in samples)} to cut none")
 
 
-def require_memory(args: argparse.Namespace, config: GPT2Config, rows: int) -> None:
-    """Raises InputError unless there is memory to continue that many ``rows`` at a time."""
-    # the weights, keys and values of what is generated, logits
-    memory.require(4 * (config.weights + rows * (2 * config.n_layer * config.n_embd * args.eval_len
-                                                 + config.vocab_size)),
+def contexts_at_a_time(args: argparse.Namespace, config: GPT2Config, contexts: int | None,
+                       rows: int) -> int:
+    """How many contexts to search at a time: ``--batch_size``, on the CPU more if memory is free.
+
+    ``contexts`` says how many there are, None if that is not known; each has that many ``rows``
+    (beams). The weights must not be in memory yet, and Jittor must have started. Raises InputError
+    if there is not even the memory for ``--batch_size``.
+    """
+    import jittor as jt
+
+    width = config.n_layer * config.n_embd
+    weights = 4 * config.weights
+    # keys and values of what is generated, logits
+    generated = 4 * rows * (2 * width * args.eval_len + config.vocab_size)
+    asked = args.batch_size if contexts is None else min(args.batch_size, contexts)
+    memory.require(weights + asked * generated,
                    "take a smaller --batch_size, --beam or --model_card")
+    if args.hold_batch_size or jt.flags.use_cuda:  # how much a GPU has left is not known
+        return args.batch_size
+    # Half of the rest stays free, for other programs and for what is needed for a moment.
+    free = (memory.available() // processes.local_size() - weights) // 2
+    context = generated + 4 * 3 * width * (args.seq_len - args.eval_len)  # at most
+    return max(args.batch_size, min(FAST_ROWS // rows, free // context))
 
 
 def make_generator(args: argparse.Namespace, config: GPT2Config):

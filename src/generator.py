@@ -32,6 +32,10 @@ class Generator:
             for layer in model.modules():
                 if isinstance(layer, (Conv1D, MergedLinear)):
                     weights[id(layer.weight)] = ops.pack_weight(layer.weight)
+                # oneDNN's sums depend on the number of rows, gemm.h's do not: a query's result is
+                # the same, bit for bit, whichever others are searched beside it.
+                if isinstance(layer, MergedLinear) and layer.r:
+                    weights[id(layer.lora_A)] = ops.pack_weight(layer.lora_A, transposed=True)
             self._head = ops.pack_weight(self._head, transposed=True)
         self._transformer = copy.deepcopy(model.transformer, weights)
         for module in self._transformer.modules():

@@ -43,12 +43,12 @@ def parse_args() -> argparse.Namespace:
 
 
 # Flags that do not change the predictions: a search that is continued may differ in them.
-FREE_FLAGS = {"work_dir", "output_file", "batch_size", "resume", "device"}
+FREE_FLAGS = {"work_dir", "output_file", "batch_size", "hold_batch_size", "resume", "device"}
 FILE_FLAGS = ("data", "init_checkpoint", "lora_checkpoint")
 
 
 def search(args: argparse.Namespace, generator, distinct: list[tuple[int, ...]],
-           state: SearchState) -> None:
+           at_a_time: int, state: SearchState) -> None:
     """Searches this process's share of the different contexts, as far as ``state`` lacks them."""
     from beam_search import predict
 
@@ -63,7 +63,7 @@ def search(args: argparse.Namespace, generator, distinct: list[tuple[int, ...]],
             bar.update(len(answers))
 
         try:
-            predict(generator, left, generation.beam_options(args), args.batch_size, on_batch)
+            predict(generator, left, generation.beam_options(args), at_a_time, on_batch)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped after {len(state.answers)} of {len(distinct)} different "
                               "contexts; to continue: the same command with --resume") from None
@@ -90,14 +90,14 @@ def main() -> None:
     if processes.total_number(state.finished and processes.rank() == 0):
         log(f"finished before, nothing to do: {output}; --resume no searches anew")
         return
-    generation.require_memory(args, config, rows=min(args.batch_size, len(distinct)) * args.beam)
+    at_a_time = generation.contexts_at_a_time(args, config, len(distinct), args.beam)
     generator = generation.make_generator(args, config)
     started = time.perf_counter()
     lock = exclusive(args.work_dir / f".{output.name}.searching", "another --output_file")
     with lock if processes.rank() == 0 else nullcontext():
         state.begin()
         continued = bool(state.answers)
-        search(args, generator, distinct, state)
+        search(args, generator, distinct, at_a_time, state)
         table = np.zeros((len(distinct), 1 + args.eval_len), np.int32)  # a length, token ids
         for number in range(processes.rank(), len(distinct), processes.world_size()):
             ids = state.answers[number]

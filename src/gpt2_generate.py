@@ -222,17 +222,17 @@ def main() -> None:
         streamed = args.text is None and args.input is None
         given = [] if streamed else read_given(args, make)
         backend.start(args.device)
-        at_a_time = args.batch_size if streamed else min(args.batch_size, len(given))
-        generation.require_memory(
-            args, config, rows=at_a_time * (args.n_best if args.sample else args.beam))
+        at_a_time = generation.contexts_at_a_time(
+            args, config, None if streamed else len(given),
+            args.n_best if args.sample else args.beam)
         generator = generation.make_generator(args, config)
         if streamed and sys.stdin.isatty():
             log(f"one input a line, e.g. {EXAMPLE}; Ctrl-D ends")
         number = 0
         for queries in read_stream(make) if streamed else [given]:
             report(args, queries)
-            for start in range(0, len(queries), args.batch_size):
-                batch = queries[start:start + args.batch_size]
+            for start in range(0, len(queries), at_a_time):
+                batch = queries[start:start + at_a_time]
                 for query, found in zip(batch, generate(args, generator, batch, number)):
                     results.write(lines_of(args, number, query, found, encoder).encode("utf-8"))
                     number += 1

@@ -75,7 +75,10 @@ class MergedLinear(nn.Module):
         y = ops.linear(x, self.weight)  # (N, out_features)
         if self.is_training() and self.lora_dropout:
             x = ops.dropout(x, self.lora_dropout, self.dropout_seeds, self.dropout_starts)
-        low = ops.matmul(x, self.lora_A, transpose_b=True)  # (N, r * groups)
+        if isinstance(self.lora_A, ops.PackedWeight):  # in a Generator
+            low = ops.linear(x, self.lora_A)  # (N, r * groups)
+        else:
+            low = ops.matmul(x, self.lora_A, transpose_b=True)
         return ops.lora_up(y, self.bias, low, self.lora_B, self.scaling, self.columns)
 
 

@@ -275,12 +275,13 @@ def test_the_pytorch_side_has_the_flags_of_ours(align_flags):
                   tables[1].get(name)}
         assert differ == {"--model_card", "--lora_dim", "--lora_alpha", *(  # ours: the checkpoint's
             {"--keep_last", "--state_interval", "--resume"} if ours.endswith("ft.py")
-            else {"--init_checkpoint", "--resume"})}
+            else {"--init_checkpoint", "--resume", "--hold_batch_size"})}
     for name in REFERENCES:
         text = (ROOT / name).read_text()
         exceptions = text[text.index("`align/torch_train.py`"):][:400]
         assert all(f"`{flag}`" in exceptions for flag in (
-            "--keep_last", "--state_interval", "--resume", "--init_checkpoint"))
+            "--keep_last", "--state_interval", "--resume", "--init_checkpoint",
+            "--hold_batch_size"))
 
 
 @pytest.mark.parametrize("name", REFERENCES)

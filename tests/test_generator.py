@@ -55,6 +55,35 @@ def test_cached_decoding(jittor, small_model, generator, torch_side, lengths, be
         assert np.abs(ours[row] - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+def test_a_query_has_the_same_logits_whatever_is_beside_it(jittor, small_model):
+    """To the last bit: 12 queries at once, and in parts, with 10 rows each in every step."""
+    from generator import Generator
+
+    generator = Generator(small_model(seed=4, n_embd=128, n_head=4))
+    random, beams, steps = np.random.default_rng(4), 10, 3
+    lengths = random.integers(1, 30, size=12)
+    queries = random.integers(CARD["vocab_size"], size=(12, 30))
+    tokens = random.integers(CARD["vocab_size"], size=(steps, 12, beams))
+
+    def logits(part):
+        with jittor.no_grad():
+            count = len(lengths[part])
+            out, cache = generator.start(queries[part], lengths[part], steps, beams)
+            found, origin = [out.numpy().copy()], np.repeat(np.arange(count), beams)
+            for step in range(steps):
+                out = generator.step(tokens[step, part], origin, cache)
+                found.append(out.numpy().copy())
+                origin = (np.arange(count)[:, None] * beams + np.arange(beams)[::-1]).ravel()
+        return [out.reshape(count, -1) for out in found]
+
+    whole = logits(slice(None))
+    for size in (1, 5):
+        for first in range(0, 12, size):
+            part = slice(first, first + size)
+            for ours, wanted in zip(logits(part), whole):
+                np.testing.assert_array_equal(ours, wanted[part])
+
+
 def test_two_caches_are_independent(jittor, generator):
     query, token, origin = np.array([[5, 9, 2]], np.int32), np.array([[7]]), np.array([0])
 

@@ -452,8 +452,9 @@ def predictions(root, data, trained, tmp_path_factory):
 
 @pytest.mark.slow
 def test_beam_search_output(predictions):
-    one, many = predictions("--batch_size", 1), predictions("--batch_size", 3)
-    assert one == many
+    one = predictions("--batch_size", 1, "--hold_batch_size")
+    assert one == predictions("--batch_size", 3, "--hold_batch_size")
+    assert one == predictions("--batch_size", 1)
     records = [json.loads(line) for line in one.splitlines()]
     assert [record["id"] for record in records] == [0, 1, 2, 3]
     assert all(len(record["predict"]) == 8 for record in records)
@@ -473,15 +474,15 @@ def test_beam_search_follows_pytorch(predictions, flags):
 def search(here, data, base, tmp_path, monkeypatch):
     """Runs the beam search script in this process, one context a batch.
 
-    ``stop`` interrupts it at that batch. Returns the exit code, stderr, the number of contexts
-    searched, and the bytes of the output.
+    ``stop`` interrupts it at that batch; unless ``held``, a batch has more contexts. Returns the
+    exit code, stderr, the number of batches searched, and the bytes of the output.
     """
     import beam_search
     import gpt2_beam
 
     original = beam_search.search
 
-    def run(*flags, stop=None):
+    def run(*flags, stop=None, held=True):
         searched = []
 
         def one(*arguments):
@@ -493,7 +494,8 @@ def search(here, data, base, tmp_path, monkeypatch):
         monkeypatch.setattr(beam_search, "search", one)
         done = here(gpt2_beam.main, "--data", data / "valid.jsonl", "--seq_len", 24, "--eval_len",
                     4, "--model_card", "gpt2.nano", "--init_checkpoint", base, "--batch_size", 1,
-                    "--work_dir", tmp_path, "--output_file", "out.jsonl", "--device", "cpu", *flags)
+                    *(["--hold_batch_size"] if held else []), "--work_dir", tmp_path,
+                    "--output_file", "out.jsonl", "--device", "cpu", *flags)
         output = tmp_path / "out.jsonl"
         return (done.returncode, done.stderr, len(searched),
                 output.read_bytes() if output.exists() else None)
@@ -502,7 +504,7 @@ def search(here, data, base, tmp_path, monkeypatch):
 
 def test_an_interrupted_beam_search_goes_on(search, tmp_path):
     _, _, contexts, whole = search()
-    assert contexts == 3 and not list(tmp_path.glob(".*"))
+    assert contexts == 3
     (tmp_path / "out.jsonl").unlink()
     code, said, searched, output = search(stop=2)
     assert (code, searched, output) == (130, 2, None)
@@ -513,6 +515,16 @@ def test_an_interrupted_beam_search_goes_on(search, tmp_path):
     assert search() == (0, "", 3, whole)
     (tmp_path / "out.jsonl").write_bytes(whole + b"changed")
     assert search("--resume") == (0, "", 3, whole)
+
+
+def test_more_contexts_at_once_give_the_same(search, tmp_path):
+    """Whatever --batch_size holds, also if one search is continued by the other."""
+    _, _, contexts, whole = search()
+    assert contexts == 3 and search(held=False) == (0, "", 1, whole)
+    (tmp_path / "out.jsonl").unlink()
+    search(stop=1)
+    assert search("--resume", held=False) == (0, "", 1, whole)
+    assert search("--resume") == (0, "", 0, whole)
 
 
 @pytest.mark.parametrize("seq_len", [24, 8])

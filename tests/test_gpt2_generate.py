@@ -102,7 +102,8 @@ def test_the_same_as_by_the_stages(generate, model, byte_vocab, inputs, tmp_path
     assert len(set(expected.values())) > 2
     for path in inputs:
         for size in (1, 2, 10):
-            code, printed, said = generate("--input", path, "--batch_size", size, *flags)
+            code, printed, said = generate("--input", path, "--batch_size", size,
+                                           "--hold_batch_size", *flags)
             assert (code, said) == (0, "")
             assert printed == "".join(f"{expected[context]}\n" for context in CONTEXTS)
     code, printed, _ = generate(CONTEXTS[1], *flags)
@@ -132,7 +133,7 @@ def test_n_best(generate, inputs):
 
 def test_samples(generate, inputs):
     flags = ["--input", inputs[0], "--sample", "--top_p", 0.9, "--n_best", 2, "--json"]
-    code, printed, _ = generate(*flags, "--batch_size", 1)
+    code, printed, _ = generate(*flags, "--batch_size", 1, "--hold_batch_size")
     assert code == 0
     assert generate(*flags, "--batch_size", 4)[1] == printed
     assert generate(*flags, "--random_seed", 11)[1] != printed

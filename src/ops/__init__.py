@@ -18,7 +18,7 @@ from ops.causal_attention import MASKED, causal_attention, plain_causal_attentio
 from ops.cross_entropy import cross_entropy, plain_cross_entropy
 from ops.dropout import dropout
 from ops.layer_norm import layer_norm, plain_layer_norm
-from ops.linear import linear, pack_weight, plain_linear
+from ops.linear import PackedWeight, linear, pack_weight, plain_linear
 from ops.lora_up import lora_up, plain_lora_up
 from ops.matmul import matmul
 from ops.top_log_probs import plain_log_probs, plain_top_log_probs, top_log_probs

@@ -111,7 +111,8 @@ def save_model(model: GPT2LMModel, path: str | os.PathLike, about: str | None = 
 
     ``about`` is what the file says about itself, see about.describe.
     """
-    state = {name: p.data for name, p in model.named_parameters()}  # views of Jittor's memory
+    # Views of Jittor's memory; packed matrices become arrays one at a time, when they are written.
+    state = {name: p.data if isinstance(p, jt.Var) else p for name, p in model.weights().items()}
     state[HEAD_NAMES[1]] = state[EMBEDDING]
     _save(path, state, about)
 

@@ -108,13 +108,18 @@ def contexts_at_a_time(args: argparse.Namespace, config: GPT2Config, contexts: i
 
 def make_generator(args: argparse.Namespace, config: GPT2Config):
     """The model with its weights, in the form that can only generate; Jittor must have started."""
+    import jittor as jt
+
     import checkpoint
     from generator import Generator
     from model import GPT2LMModel
 
     model = GPT2LMModel(config, LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
-    return Generator(model)  # when the model is dropped, its matrices are freed as they are packed
+    if args.precision == "int8" and jt.flags.use_cuda:
+        wrong("--precision int8: for --device cpu only; give bf16 or float32")
+    # When the model is dropped, its matrices are freed as they are packed.
+    return Generator(model, args.precision)
 
 
 def beam_options(args: argparse.Namespace):

@@ -13,30 +13,29 @@ import numpy as np
 
 import ops
 from lora import MergedLinear
-from model import Conv1D, GPT2LMModel, int32
+from model import GPT2LMModel, int32, matrix_layers
 
 
 class Generator:
     """Continues token sequences step by step, with a key/value cache.
 
-    It does not change the model that it is made from. On the CPU it copies the matrices in packed
-    order and shares the rest; jt.Vars are computed at first use, so if the caller drops the model
-    before that, each original is freed as soon as it is packed.
+    It does not change the model that it is made from. It copies the matrices in packed order and
+    shares the rest; jt.Vars are computed at first use, so if the caller drops the model before
+    that, each original is freed as soon as it is packed.
     """
 
-    def __init__(self, model: GPT2LMModel):
+    def __init__(self, model: GPT2LMModel, precision: str = "float32"):
+        """``precision`` of the products with the model's matrices: float32, bf16 or int8."""
         self.config = model.config
         self._head = model.transformer.wte.weight  # (V, C), or packed
         weights = {id(p): p for p in model.parameters()}  # what the copy below holds instead
-        if not jt.flags.use_cuda:
-            for layer in model.modules():
-                if isinstance(layer, (Conv1D, MergedLinear)):
-                    weights[id(layer.weight)] = ops.pack_weight(layer.weight)
-                # oneDNN's sums depend on the number of rows, gemm.h's do not: a query's result is
-                # the same, bit for bit, whichever others are searched beside it.
-                if isinstance(layer, MergedLinear) and layer.r:
-                    weights[id(layer.lora_A)] = ops.pack_weight(layer.lora_A, transposed=True)
-            self._head = ops.pack_weight(self._head, transposed=True)
+        for layer in matrix_layers(model):
+            weights[id(layer.weight)] = ops.pack_weight(layer.weight, precision=precision)
+            # oneDNN's sums depend on the number of rows, gemm.h's do not: a query's result is the
+            # same, bit for bit, whichever others are searched beside it.
+            if isinstance(layer, MergedLinear) and layer.r:
+                weights[id(layer.lora_A)] = ops.pack_weight(layer.lora_A, transposed=True)
+        self._head = ops.pack_weight(self._head, transposed=True, precision=precision)
         self._transformer = copy.deepcopy(model.transformer, weights)
         for module in self._transformer.modules():
             module.is_train = False  # no dropout; eval() would freeze the weights of `model`, too

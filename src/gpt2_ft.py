@@ -6,6 +6,7 @@ data/: ``python src/gpt2_ft.py @data/experiment.ini --train_data ...``.
 """
 
 import argparse
+import math
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -118,6 +119,9 @@ def parse_args() -> argparse.Namespace:
 def complete(args: argparse.Namespace) -> GPT2Config:
     """Sets the flags that follow from the checkpoints and from others; the model's dimensions."""
     config = model_flags.complete(args, CARD)
+    if args.precision != "float32" and not args.lora_dim:
+        wrong(f"--precision {args.precision}: for frozen matrices, and --lora_dim 0 trains them; "
+              "give --lora_dim, or leave the flag out")
     if args.state_interval is None:
         args.state_interval = 100 if args.lora_dim else 500
     if args.seq_len > config.n_positions:
@@ -233,6 +237,7 @@ def make_trainer(args: argparse.Namespace, config: GPT2Config, max_step: int, jo
     jt.sync_all()  # draws random weights now, also those that a state will replace
     if args.lora_dim:
         lora.mark_only_lora_as_trainable(model)
+        model.pack(args.precision)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = AdamW(
         trained, beta1=args.adam_beta1, beta2=args.adam_beta2, epsilon=args.adam_epislon,
@@ -241,8 +246,8 @@ def make_trainer(args: argparse.Namespace, config: GPT2Config, max_step: int, jo
     schedule = make_schedule(args.scheduler, args.lr, args.warmup_step, max_step, args.i_steps,
                              args.i_lrs)
     log(f"{args.model_card}: {sum(p.numel() for p in trained.values()):,} of "
-        f"{sum(p.numel() for p in model.parameters()):,} weights train, {max_step} micro-batches "
-        f"of {args.train_batch_size}"
+        f"{sum(math.prod(p.shape) for p in model.weights().values()):,} weights train, "
+        f"{max_step} micro-batches of {args.train_batch_size}"
         + f" in each of {processes.world_size()} processes" * (processes.world_size() > 1))
     return Trainer(model, optimizer, schedule, TrainOptions(
         grad_acc=args.grad_acc, joined=joined, clip=args.clip, label_smooth=args.label_smooth,

@@ -86,6 +86,16 @@ class Block(nn.Module):
         return self.mlp(self.ln_2(x), residual=x)
 
 
+class PackedEmbedding(nn.Module):
+    """An embedding whose matrix (rows, C) is packed, and not trained."""
+
+    def __init__(self, weight: ops.PackedWeight):
+        self.weight = weight
+
+    def execute(self, ids):  # (N,) int32 -> (N, C)
+        return ops.packed_columns(self.weight, ids)
+
+
 class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config, lora_config: LoRAConfig):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -108,6 +118,11 @@ class GPT2Model(nn.Module):
         return self.ln_f(x)
 
 
+def matrix_layers(model: nn.Module) -> list[Conv1D | lora.MergedLinear]:
+    """The layers with a matrix (n_in, n_out) that LoRA leaves as it is."""
+    return [layer for layer in model.modules() if isinstance(layer, (Conv1D, lora.MergedLinear))]
+
+
 class GPT2LMModel(nn.Module):
     """GPT-2 with its language-model head, which is the token embedding itself.
 
@@ -119,12 +134,32 @@ class GPT2LMModel(nn.Module):
         self.config, self.lora_config = config, lora_config or LoRAConfig()
         self.transformer = GPT2Model(config, self.lora_config)
         self.lora_biases: list[str] = []  # names of those that belong to the LoRA, see checkpoint
+        self.packed: dict[str, ops.PackedWeight] = {}  # by the names of the parameters before
 
     def enable_lora(self, enable: tuple[bool, bool, bool]) -> None:
         """Puts LoRA on these of query, key and value in all layers, with new matrices."""
         self.lora_config = replace(self.lora_config, enable=enable)
         for block in self.transformer.h:
             block.attn.c_attn.enable(enable)
+
+    def pack(self, precision: str) -> None:
+        """Brings the matrices, which are not trained, into the order that is fastest.
+
+        They stop being parameters. With ``precision`` "bf16", they are rounded to bfloat16, and
+        products with them are computed in it.
+        """
+        wte, names = self.transformer.wte, {id(p): name for name, p in self.named_parameters()}
+        self.order = list(names.values())
+        for layer in [wte, *matrix_layers(self)]:
+            name, weight = names[id(layer.weight)], layer.weight
+            layer.weight = self.packed[name] = ops.pack_weight(weight, layer is wte, precision)
+            layer.weight.words.sync()  # frees the original
+        self.transformer.wte = PackedEmbedding(wte.weight)
+
+    def weights(self) -> dict[str, jt.Var | ops.PackedWeight]:
+        """All weights, packed or not, by name, in the order of :meth:`named_parameters`."""
+        weights = {**dict(self.named_parameters()), **self.packed}
+        return {name: weights[name] for name in self.order} if self.packed else weights
 
     def logits(self, hidden: jt.Var) -> jt.Var:
         """Hidden states (M, C) -> (M, V)."""

@@ -39,6 +39,11 @@ def add_flags(parser: argparse.ArgumentParser, default_card: str,
     model.add_argument("--lora_alpha", type=at_least(0, number),
                        help="LoRA's output is scaled by alpha / r; none: that of the checkpoint, "
                             "or 128")
+    model.add_argument("--precision", default="float32",
+                       choices=["float32", "bf16"] + ["int8"] * (not trains),
+                       help="of the frozen matrices and of the products with them; bf16 " + (
+                           "trains" if trains else "or int8 (CPU only) generates")
+                            + " faster, results differ a little")
     return model
 
 

@@ -1,69 +1,67 @@
-// Single-precision matrix products for few rows and large weights, on all cores.
+// Matrix products for few rows and large weights, on all cores.
 //
 //     C (M, N) = A (M, K) B,   then finish(m, n, count, row) on every finished piece of C
 //
 // GotoBLAS' method (Goto and van de Geijn, 2008) without the packing of A, which has only tens of
 // rows. B's columns are divided into panels of NR, and each thread takes a few panels at a time. It
-// packs KC x NR numbers of B (16 KB, half of a first-level cache), and multiplies all rows of A by
+// packs KC x NR words of B (16 KB, half of a first-level cache), and multiplies all rows of A by
 // them in tiles of at most MR x NR numbers of C that stay in registers. Where B is packed already,
 // a block has more rows: the processor fetches them from the second-level cache, and C is read and
 // written less often.
+//
+// The same packed B also gives C (M, K) = A (M, N) B^T: as C^T = B A^T, where B has the part that A
+// had before, and A^T, which is small, that of B.
 
-#include <cstdint>
+#include <vector>
 #include <omp.h>
 
-#include "vectors.h"
+#include "tiles.h"
 
 namespace gemm {
 
-#ifdef __AVX512F__
-const int W = 16, MR = 12;  // numbers in a vector register, rows of a tile
-#else
-const int W = 8, MR = 6;
-#endif
-const int NR = 2 * W, KC = 4096 / NR, PACKED_KC = 1024;
+const int KC = 4096 / NR, PACKED_KC = 256;
 // Rows of A are divided into blocks that stay in a second-level cache of 512 KB: whole rows if they
-// have at most DOWN columns, else as many columns at a time as a block of B has rows.
+// have at most DOWN words, else as many words at a time as a block of B has rows.
 const int DOWN = 1024;
-typedef float Vec __attribute__((vector_size(W * sizeof(float))));
 
-static inline Vec load(const float* p) {
-    Vec v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-static inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+// How B lies in memory: (K, N) or its transpose (N, K) in float32, or as pack() left it, in panels
+// (panels, words of K, NR).
+enum Layout { ROWS, COLUMNS, PACKED, PACKED_BFLOAT16, PACKED_INT8 };
 
-// c (R, NR) += a (R, kc) b (kc, NR), or c = a b if `fresh`; b is contiguous, rows of a and c are
-// lda and ldc apart. Prefetches memory from `ahead` on, `pace` numbers in each step.
-template <int R>
-static void tile(const float* a, int64_t lda, const float* b, int kc, float* c, int64_t ldc,
-        bool fresh, const float* ahead, int pace) {
-    Vec sum[R][2];
-    for (int r = 0; r < R; r++)
-        for (int h = 0; h < 2; h++) sum[r][h] = fresh ? Vec{} : load(c + r * ldc + h * W);
-    for (int k = 0; k < kc; k++) {
-        Vec b0 = load(b + k * NR), b1 = load(b + k * NR + W);
-        __builtin_prefetch(ahead + k * pace);
-        #pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-            Vec x = Vec{} + a[r * lda + k];
-            sum[r][0] += x * b0;
-            sum[r][1] += x * b1;
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int h = 0; h < 2; h++) store(c + r * ldc + h * W, sum[r][h]);
+// The arithmetic of a layout, and how many numbers of K a word of B holds in memory. Where the
+// processor cannot multiply such words, each becomes two words of fewer numbers.
+template <Layout layout> struct Form {
+    typedef Float32 T;
+    typedef float Stored;
+    static const int GROUP = 1;
+};
+template <> struct Form<PACKED_BFLOAT16> {
+    typedef BFloat16 T;
+    typedef int32_t Stored;
+    static const int GROUP = 2;
+};
+template <> struct Form<PACKED_INT8> {
+    typedef Int8 T;
+    typedef int32_t Stored;
+    static const int GROUP = 4;
+};
+
+// How many words K numbers are: of bfloat16s and bytes as many as fill tile registers.
+template <int GROUP> static int words_of(int K) {
+    return GROUP == 1 ? K : (K + 16 * GROUP - 1) / (16 * GROUP) * 16;
 }
 
-// tile<rows>(arguments ...), where rows is from 1 to R.
-template <int R, class... Arguments> static void tile_of(int rows, Arguments... arguments) {
-    if (rows == R) return tile<R>(arguments...);
-    tile_of<(R > 1 ? R - 1 : R)>(rows, arguments...);
+static inline int32_t bfloat16_pair(float low, float high) {
+    uint32_t l, h;  // rounded to the nearest, ties to even
+    std::memcpy(&l, &low, 4);
+    std::memcpy(&h, &high, 4);
+    l += 0x7fff + (l >> 16 & 1);
+    h += 0x7fff + (h >> 16 & 1);
+    return l >> 16 | (h & 0xffff0000);
 }
 
-// Reads eight rows of eight numbers, ld apart, and writes their transpose, with rows NR apart.
-static inline void transpose8(const float* from, int64_t ld, float* to) {
+// Reads eight rows of eight numbers, ld apart, and writes their transpose, with rows ld_to apart.
+static inline void transpose8(const float* from, int64_t ld, float* to, int64_t ld_to) {
     Eight r[8], s[8];
     for (int i = 0; i < 8; i++) r[i] = eight(from + i * ld);
     for (int i = 0; i < 8; i += 2) {
@@ -79,87 +77,169 @@ static inline void transpose8(const float* from, int64_t ld, float* to) {
     for (int i = 0; i < 4; i++) {
         Eight low = __builtin_shuffle(r[i], r[i + 4], Places{0, 1, 2, 3, 8, 9, 10, 11});
         Eight high = __builtin_shuffle(r[i], r[i + 4], Places{4, 5, 6, 7, 12, 13, 14, 15});
-        std::memcpy(to + i * NR, &low, 32);
-        std::memcpy(to + (i + 4) * NR, &high, 32);
+        std::memcpy(to + i * ld_to, &low, 32);
+        std::memcpy(to + (i + 4) * ld_to, &high, 32);
     }
 }
 
-// How B lies in memory: (K, N), its transpose (N, K), or as pack() left it.
-enum Layout { ROWS, COLUMNS, PACKED };
+// The transpose of (rows, columns), at most NR columns; rows of `to` are ld_to apart.
+static inline void transpose(const float* from, int64_t ld, int rows, int columns, float* to,
+        int64_t ld_to) {
+    for (int i = 0; i < rows; i += 8)
+        for (int j = 0; j < columns; j += 8) {
+            if (i + 8 <= rows && j + 8 <= columns) {
+                transpose8(from + i * ld + j, ld, to + j * ld_to + i, ld_to);
+                continue;
+            }
+            for (int r = i; r < std::min(rows, i + 8); r++)
+                for (int c = j; c < std::min(columns, j + 8); c++) to[c * ld_to + r] = from[r * ld + c];
+        }
+}
 
 // B's rows k to k + kc - 1, columns n to n + cols - 1 as a block (kc, NR); missing columns are 0.
 template <Layout layout>
 static void pack_block(const float* b, int64_t ld, int k, int kc, int n, int cols, float* to) {
     if (cols < NR) std::fill_n(to, kc * NR, 0.f);
-    if (layout == ROWS) {
-        for (int i = 0; i < kc; i++) {
-            const float* from = b + (int64_t)(k + i) * ld + n;
-            if (cols == NR)
-                std::memcpy(to + i * NR, from, NR * sizeof(float));  // a few vectors, not a call
-            else
-                std::copy_n(from, cols, to + i * NR);
-        }
-        return;
-    }
-    for (int j = 0; j < cols; j += 8) {
-        const int count = std::min(8, cols - j);
-        const float* from = b + (int64_t)(n + j) * ld + k;
-        int i = 0;
-        if (count == 8)
-            for (; i + 8 <= kc; i += 8) transpose8(from + i, ld, to + i * NR + j);
-        for (; i < kc; i++)
-            for (int c = 0; c < count; c++) to[i * NR + j + c] = from[c * ld + i];
+    if (layout == COLUMNS) return transpose(b + (int64_t)n * ld + k, ld, cols, kc, to, NR);
+    for (int i = 0; i < kc; i++) {
+        const float* from = b + (int64_t)(k + i) * ld + n;
+        if (cols == NR)
+            std::memcpy(to + i * NR, from, NR * sizeof(float));  // a few vectors, not a call
+        else
+            std::copy_n(from, cols, to + i * NR);
     }
 }
 
-// All rows of a times one block of B. The rows are divided evenly among the tiles: 46 rows are 6
-// tiles of 6 and 2 of 5, not 7 of 6 and one of 4. Prefetches the next block, which is contiguous
-// (stride 0), or `lines` pieces of `line` numbers, `stride` apart.
-static inline void all_rows(int M, const float* a, int64_t lda, const float* b, int kc, float* c,
-        int64_t ldc, bool fresh, const float* next, int64_t stride, int lines, int line) {
-    const int tiles = (M + MR - 1) / MR;
-    for (int t = 0, m = 0, end, l = 0; t < tiles; t++, m = end) {
-        end = (int64_t)M * (t + 1) / tiles;
-        for (; stride && l < (int64_t)lines * (t + 1) / tiles; l++)
-            for (int i = 0; i < line; i += 16) __builtin_prefetch(next + l * stride + i);
-        const float* ahead = stride ? b : next + (int64_t)t * kc * NR / tiles;
-        tile_of<MR>(end - m, a + m * lda, lda, b, kc, c + m * ldc, ldc, fresh, ahead,
-                stride ? 0 : NR / tiles);
+// Words of two bfloat16s or four bytes, each as two words: the first numbers of `count` words go to
+// `low`, the others to `high`.
+static inline void widen(const int32_t* from, int count, float* low, float* high) {
+    for (int i = 0; i < count; i++) {
+        const int32_t l = (uint32_t)from[i] << 16, h = from[i] & 0xffff0000;
+        std::memcpy(low + i, &l, 4);
+        std::memcpy(high + i, &h, 4);
+    }
+}
+static inline void widen(const int32_t* from, int count, int32_t* low, int32_t* high) {
+    for (int i = 0; i < count; i++) {
+        const uint32_t word = from[i];
+        low[i] = ((int32_t)(word << 24) >> 24 & 0xffff) | ((int32_t)(word << 16) >> 24 << 16);
+        high[i] = ((int32_t)(word << 8) >> 24 & 0xffff) | ((int32_t)word >> 24 << 16);
     }
 }
 
-// C (M, N) = A (M, K) B. finish(m, n, count, row) may change row[0 .. count), which are
-// C[m, n .. n + count), once they are sums over all of K; each is finished once.
+// A square of NR x NR numbers as bfloat16s: two rows become one of pairs.
+static inline void join_pairs(const float* from, int32_t* to) {
+    for (int r = 0; r < NR; r += 2, from += 2 * NR, to += NR)
+        for (int i = 0; i < NR; i++) to[i] = bfloat16_pair(from[i], from[i + NR]);
+}
+
+typedef int16_t Halves __attribute__((vector_size(W * 4)));
+
+// NR words whose pairs are of two rows become these two rows, each of NR numbers.
+static inline void split(const int32_t* from, float* to) { widen(from, NR, to, to + NR); }
+static inline void split(const int32_t* from, int32_t* to) {
+    const Halves left = load<Halves>(from), right = load<Halves>(from + W);
+    Halves places;
+    for (int i = 0; i < 2 * W; i++) places[i] = 2 * i;
+    store(to, __builtin_shuffle(left, right, places));
+    store(to + W, __builtin_shuffle(left, right, places + 1));
+}
+
+// What is needed next: `lines` pieces of `line` words, `stride` apart.
+struct Next {
+    const void* start;
+    int64_t stride;
+    int lines, line;
+    const float* at(int64_t word) const { return (const float*)start + word; }
+};
+
+// c (M, NR) += a (M, K) b (K, NR) in words, or c = a b if `fresh`; if `half`, only the first W columns
+// of c. The rows are divided evenly among the tiles: 46 rows are 6 tiles of 6 and 2 of 5, not 7 of 6
+// and one of 4. Prefetches what is next.
+template <class T>
+static void tiles(int M, Rows<typename T::Word> a, int panels, const typename T::Word* b, float* c,
+        int64_t ldc, bool half, bool fresh, Next next) {
+    const int count = (M + MR - 1) / MR, K = panels * a.width;
+    const bool whole = next.lines == 1;
+    for (int t = 0, m = 0, end, l = 0; t < count; t++, m = end) {
+        end = (int64_t)M * (t + 1) / count;
+        for (; !whole && l < (int64_t)next.lines * (t + 1) / count; l++)
+            for (int i = 0; i < next.line; i += 16) __builtin_prefetch(next.at(l * next.stride + i));
+        const float* ahead = whole ? next.at((int64_t)t * next.line / count) : (const float*)b;
+        const int pace = whole ? next.line / count / K : 0;
+        if (half)
+            tile_of<T, MR, 1>(end - m, a.from(m), panels, b, c + m * ldc, ldc, fresh, ahead, pace);
+        else
+            tile_of<T, MR, 2>(end - m, a.from(m), panels, b, c + m * ldc, ldc, fresh, ahead, pace);
+    }
+}
+
+// The same in tile registers, for words that are no floats.
+template <class T>
+static void register_tiles(int M, Rows<typename T::Word> a, int panels, const typename T::Word* b,
+        float* c, int64_t ldc, bool half, bool fresh, Next next) {
+    const int count = (M + 31) / 32, K = panels * a.width;
+    for (int t = 0; t < count; t++)
+        TileRegisters::tile<T>(std::min(32, M - t * 32), a.from(t * 32), panels, b,
+                c + (int64_t)t * 32 * ldc, ldc, fresh,
+                next.at((int64_t)t * next.line / count), next.line / count / K);
+}
+
+// C (M, N) = A B, where a holds the words of A's rows. finish(m, n, count, row) may change
+// row[0 .. count), which are C[m, n .. n + count), once they are sums over all of K; each is
+// finished once. The sums of bytes are integers.
 template <Layout layout, class Finish>
-static void multiply(int M, int N, int K, const float* A, const float* B, float* C, Finish finish) {
+static void multiply(int M, int N, int K, const typename Form<layout>::T::Word* a,
+        const typename Form<layout>::Stored* B, float* C, Finish finish) {
+    typedef Form<layout> F;
+    typedef typename F::T T;
+    typedef typename T::Word Word;
+    constexpr bool packed = layout >= PACKED, in_place = packed && F::GROUP == T::GROUP;
+    constexpr int wider = F::GROUP / T::GROUP;  // words that a word of B becomes
+    const int stored = words_of<F::GROUP>(K), words = T::GROUP == 1 ? K : stored * wider;
+    const bool registers = in_place && T::GROUP > 1 && TileRegisters::usable();
     // For each block of A's rows, all of B is read, which takes less time if B is packed.
-    const int MB = layout == PACKED ? 96 : 128, depth = layout == PACKED ? PACKED_KC : KC;
+    const int MB = registers ? 192 : in_place ? 96 : 128, unit = registers ? 32 : 1;
+    const int depth = registers ? words : in_place ? PACKED_KC : KC;
     const int panels = (N + NR - 1) / NR, blocks = (M + MB - 1) / MB;
+    const auto row = [&](int block) {  // the first of a block
+        return std::min<int64_t>(M, ((int64_t)M * block / blocks + unit - 1) / unit * unit);
+    };
     const int64_t ld = layout == ROWS ? N : K;
     #pragma omp parallel
     {
-        alignas(64) float block[layout == PACKED ? 1 : KC * NR];
-        alignas(64) float edge[MB * NR];  // C's last columns, full width
+        alignas(64) Word block[in_place ? 1 : KC * NR];
+        alignas(64) float edge[192 * NR];  // C's last columns, full width
+        if (registers) TileRegisters::begin();
 
-        // Adds A's columns times B's rows k to k + depth - 1 to C's rows m0 to m1 - 1 in `panel`.
+        // Adds A's words times B's words k to k + depth - 1 to C's rows m0 to m1 - 1 in `panel`.
         const auto step = [&](int m0, int m1, int panel, int k, bool down) {
-            const int kc = std::min(depth, K - k), n = panel * NR, cols = std::min(NR, N - n);
-            const float* a = A + (int64_t)m0 * K + k;
+            const int kc = std::min(depth, words - k), n = panel * NR, cols = std::min(NR, N - n);
+            const int rows = (kc + wider - 1) / wider;  // of B
             float* c = cols < NR ? edge : C + (int64_t)m0 * N + n;
             const int64_t ldc = cols < NR ? NR : N;
-            const float *b = block, *next;
-            if (layout == PACKED) {
-                b = B + ((int64_t)panel * K + k) * NR;
-                next = b + (int64_t)(down ? kc : K) * NR;
+            const Word* b = block;
+            Next next;
+            if (packed) {
+                const auto* from = B + ((int64_t)panel * stored + k / wider) * NR;
+                next = {from + (int64_t)(down ? rows : stored) * NR, 0, 1, rows * NR};
+                if (in_place)
+                    b = (const Word*)from;
+                else
+                    for (int i = 0; i < rows; i++)
+                        widen((const int32_t*)from + i * NR, NR, block + 2 * i * NR,
+                                block + (2 * i + 1) * NR);
             } else {
-                pack_block<layout>(B, ld, k, kc, n, cols, block);
+                pack_block<layout>((const float*)B, ld, k, kc, n, cols, (float*)block);
                 const bool below = down && k + kc < K;  // the next block's place
                 const int next_k = below ? k + kc : down ? 0 : k, next_n = below ? n : n + NR;
-                next = B + (layout == ROWS ? next_k * ld + next_n : next_n * ld + next_k);
+                next = {B + (layout == ROWS ? next_k * ld + next_n : next_n * ld + next_k), ld,
+                        layout == ROWS ? kc : NR, layout == ROWS ? NR : kc};
             }
-            all_rows(m1 - m0, a, K, b, kc, c, ldc, k == 0, next, layout == PACKED ? 0 : ld,
-                    layout == ROWS ? kc : NR, layout == ROWS ? NR : kc);
-            if (k + kc < K) return;
+            (registers ? register_tiles<T> : tiles<T>)(m1 - m0,
+                    Rows<Word>{a + (int64_t)m0 * words + k, words, kc, 0}, 1, b, c, ldc, false,
+                    k == 0, next);
+            if (k + kc < words) return;
             for (int m = m0; m < m1; m++) {
                 float* row = C + (int64_t)m * N + n;
                 if (cols < NR) std::copy_n(c + (m - m0) * ldc, cols, row);
@@ -173,29 +253,143 @@ static void multiply(int M, int N, int K, const float* A, const float* B, float*
         for (int first = 0; first < panels; first += group) {
             const int last = std::min(panels, first + group);
             for (int i = 0; i < blocks; i++) {
-                const int m0 = (int64_t)M * i / blocks, m1 = (int64_t)M * (i + 1) / blocks;
-                if (K <= DOWN)
+                const int m0 = row(i), m1 = row(i + 1);
+                if (words <= DOWN)
                     for (int panel = first; panel < last; panel++)
-                        for (int k = 0; k < K; k += depth) step(m0, m1, panel, k, true);
+                        for (int k = 0; k < words; k += depth) step(m0, m1, panel, k, true);
                 else
-                    for (int k = 0; k < K; k += depth)
+                    for (int k = 0; k < words; k += depth)
                         for (int panel = first; panel < last; panel++)
                             step(m0, m1, panel, k, false);
             }
         }
+        if (registers) TileRegisters::end();
     }
 }
 
-// B in the layout PACKED; `to` holds K * N numbers, N rounded up to a multiple of NR.
-template <Layout layout> static void pack(int N, int K, const float* B, float* to) {
-    const int panels = (N + NR - 1) / NR, ld = layout == ROWS ? N : K;
-    #pragma omp parallel for
-    for (int panel = 0; panel < panels; panel++)
-        for (int k = 0; k < K; k += KC) {
-            const int kc = std::min(KC, K - k), n = panel * NR;
-            pack_block<layout>(
-                    B, ld, k, kc, n, std::min(NR, N - n), to + ((int64_t)panel * K + k) * NR);
+// C (M, K) = A (M, N) B^T, B packed as floats or bfloat16s: C^T (K, M) = B A^T, where B has the part
+// that A has in multiply(), and A^T that of B.
+template <Layout layout>
+static void multiply_transposed(int M, int N, int K, const float* A,
+        const typename Form<layout>::Stored* B, float* C) {
+    typedef Form<layout> F;
+    typedef typename F::T T;
+    typedef typename T::Word Word;
+    constexpr bool in_place = F::GROUP == 1;
+    const bool registers = T::GROUP > 1 && TileRegisters::usable();
+    const int RANGE = 96, CHUNK = registers ? 32 : 4;  // rows of B, panels of B at a time
+    const int MB = 256;                                // rows of A at a time
+    constexpr int width = NR / T::GROUP;               // words of a panel's row
+    const int panels = (N + NR - 1) / NR;
+    const int64_t stored = words_of<F::GROUP>(K), depth = (int64_t)panels * width;
+    // The words of A^T, in panels (panels of MB, depth, NR); columns without a row of A are 0.
+    static std::vector<Word> turned;
+    for (int m0 = 0; m0 < M; m0 += MB, A += (int64_t)MB * N, C += (int64_t)MB * K) {
+        const int m = std::min(MB, M - m0), parts = (m + NR - 1) / NR;
+        turned.resize(parts * depth * NR);
+        #pragma omp parallel
+        {
+            static thread_local std::vector<float> sums;  // C^T (parts, RANGE, NR)
+            static thread_local std::vector<Word> block;
+            sums.resize(parts * RANGE * NR);
+            block.resize(in_place ? 0 : RANGE * CHUNK * width);
+            alignas(64) float floats[NR * NR];
+            #pragma omp for collapse(2)
+            for (int part = 0; part < parts; part++)
+                for (int panel = 0; panel < panels; panel++) {
+                    const int n = panel * NR, cols = std::min(NR, N - n);
+                    const int first = part * NR, rows = std::min(NR, m - first);
+                    Word* to = turned.data() + (part * depth + (int64_t)panel * width) * NR;
+                    float* square = T::GROUP == 1 ? (float*)to : floats;  // (NR of N, NR of M)
+                    if (cols < NR || rows < NR) std::fill_n(square, NR * NR, 0.f);
+                    transpose(A + (int64_t)first * N + n, N, rows, cols, square, NR);
+                    if (T::GROUP > 1) join_pairs(floats, (int32_t*)to);
+                }
+            if (registers) TileRegisters::begin();
+            #pragma omp for schedule(dynamic)
+            for (int k = 0; k < K; k += RANGE) {
+                const int rows = std::min(RANGE, K - k);
+                for (int panel = 0; panel < panels; panel += CHUNK) {
+                    const int count = std::min(CHUNK, panels - panel);
+                    const auto* from = B + (panel * stored + k / F::GROUP) * NR;
+                    Rows<Word> b = {(const Word*)from, NR, NR, stored * NR};
+                    if (!in_place) {
+                        b = {block.data(), width, width, RANGE * width};
+                        for (int p = 0; p < count; p++)
+                            for (int r = 0; r < rows; r += 2)
+                                split((const int32_t*)from + (p * stored + r / 2) * NR,
+                                        block.data() + (p * RANGE + r) * width);
+                    }
+                    const bool last = panel + CHUNK >= panels;
+                    const Next next = {last ? B + (k + RANGE) / F::GROUP * NR :
+                            from + CHUNK * stored * NR, stored * NR, CHUNK, rows / F::GROUP * NR};
+                    for (int part = 0; part < parts; part++)
+                        (registers ? register_tiles<T> : tiles<T>)(rows, b, count,
+                                turned.data() + (part * depth + (int64_t)panel * width) * NR,
+                                sums.data() + part * RANGE * NR, NR, m - part * NR <= W,
+                                panel == 0, Next{from, 0, 1, 0});
+                }
+                for (int part = 0; part < parts; part++)
+                    transpose(sums.data() + part * RANGE * NR, NR, rows, std::min(NR, m - part * NR),
+                            C + (int64_t)part * NR * K + k, K);
+            }
+            if (registers) TileRegisters::end();
         }
+    }
+}
+
+// x / scale as an integer of a byte, rounded to the nearest.
+static inline int32_t quantised(float x, float scale) {
+    return std::nearbyint(std::min(127.f, std::max(-127.f, x / scale)));
+}
+// What the largest of these absolute values is divided by to give 127.
+static inline float scale_of(float high) { return high > 0 ? high / 127 : 1; }
+
+// A panel (K, NR) in words. Of bytes also the columns' scales, by which the numbers were divided, and
+// the sums of the columns.
+static inline void encode(Form<PACKED>, const float* from, int K, float* to, float*, int32_t*) {
+    std::copy_n(from, (int64_t)K * NR, to);
+}
+static inline void encode(Form<PACKED_BFLOAT16>, const float* from, int K, int32_t* to, float*,
+        int32_t*) {
+    std::fill_n(to, (int64_t)words_of<2>(K) * NR, 0);
+    for (int k = 0; k < K; k += 2, from += 2 * NR, to += NR)
+        for (int i = 0; i < NR; i++) to[i] = bfloat16_pair(from[i], k + 1 < K ? from[NR + i] : 0);
+}
+static inline void encode(Form<PACKED_INT8>, const float* from, int K, int32_t* to, float* scales,
+        int32_t* sums) {
+    std::fill_n(to, (int64_t)words_of<4>(K) * NR, 0);
+    std::fill_n(scales, NR, 0.f);
+    std::fill_n(sums, NR, 0);
+    for (int k = 0; k < K; k++)
+        for (int i = 0; i < NR; i++) scales[i] = std::max(scales[i], std::abs(from[k * NR + i]));
+    for (int i = 0; i < NR; i++) scales[i] = scale_of(scales[i]);
+    for (int k = 0; k < K; k++)
+        for (int i = 0; i < NR; i++) {
+            const int32_t byte = quantised(from[k * NR + i], scales[i]);
+            to[k / 4 * NR + i] |= (byte & 0xff) << k % 4 * 8;
+            sums[i] += byte;
+        }
+}
+
+// B in a packed layout, from ROWS or COLUMNS; `to` holds as many words as N, rounded up to a
+// multiple of NR, times words_of(K). Bytes are followed by the scales of the columns and the sums of
+// the columns, each as many as N, rounded up likewise.
+template <Layout layout, Layout packed>
+static void pack(int N, int K, const float* B, typename Form<packed>::Stored* to) {
+    const int panels = (N + NR - 1) / NR;
+    const int64_t words = (int64_t)words_of<Form<packed>::GROUP>(K) * NR;
+    #pragma omp parallel
+    {
+        std::vector<float> block((int64_t)K * NR);
+        #pragma omp for
+        for (int panel = 0; panel < panels; panel++) {
+            const int n = panel * NR, cols = std::min(NR, N - n);
+            pack_block<layout>(B, layout == ROWS ? N : K, 0, K, n, cols, block.data());
+            encode(Form<packed>(), block.data(), K, to + panel * words,
+                    (float*)to + panels * words + n, (int32_t*)to + panels * (words + NR) + n);
+        }
+    }
 }
 
 }  // namespace gemm

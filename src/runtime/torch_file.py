@@ -184,6 +184,8 @@ def _check_depth(value: object) -> None:
 def save(path: str | os.PathLike, state: dict) -> None:
     """Writes nested dicts of float32 arrays, strings and integers in PyTorch's zip format.
 
+    An array may also be an object with shape and size of which NumPy makes one when it is written.
+
     Equal bytes for equal content; an array that occurs under two names is stored once.
     ``torch.load(path, weights_only=True)`` opens it. Raises InputError if it cannot be written.
     """
@@ -197,7 +199,7 @@ def save(path: str | os.PathLike, state: dict) -> None:
         write("data.pkl", structure)
         write("byteorder", b"little")
         for key, array in arrays.values():
-            write(f"data/{key}", array.astype("<f4", copy=False).tobytes())
+            write(f"data/{key}", np.asarray(array, "<f4").tobytes())
         write("version", b"3\n")
 
 

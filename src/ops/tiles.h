@@ -1,0 +1,207 @@
+// Tiles of matrix products: a few rows of A times some columns of B, with the sums in registers.
+//
+// A and B consist of words of 32 bits. A word holds GROUP numbers of the dimension K that is summed
+// over: one float, two bfloat16s, two 16-bit integers or four bytes. So all kinds of numbers have
+// the same loops, and differ in how a word of A times a vector of words of B is added to the sums.
+
+#include <cstdint>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "vectors.h"
+
+namespace gemm {
+
+#ifdef __AVX512F__
+const int W = 16, MR = 12;  // numbers in a vector register, rows of a tile
+#else
+const int W = 8, MR = 6;
+#endif
+const int NR = 2 * W;  // columns of a tile
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef int32_t IntVec __attribute__((vector_size(W * 4)));
+
+template <class V> static inline V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <class V> static inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+struct Float32 {
+    typedef float Word;
+    typedef Vec Words, Sums;
+    static const int GROUP = 1;
+    static inline Sums add(Sums sums, Word a, Words b) { return sums + a * b; }
+};
+
+// Pairs of integers of 16 bits; exact.
+struct Int16 {
+    typedef int32_t Word;
+    typedef IntVec Words, Sums;
+    static const int GROUP = 2;
+    static inline Sums add(Sums sums, Word a, Words b) {
+#if defined(__AVX512BW__)
+        return sums + (IntVec)_mm512_madd_epi16(_mm512_set1_epi32(a), (__m512i)b);
+#elif defined(__AVX2__)
+        return sums + (IntVec)_mm256_madd_epi16(_mm256_set1_epi32(a), (__m256i)b);
+#else
+        return sums + (int16_t)a * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+    }
+};
+
+// Four bytes, those of A from 0 to 255, those of B from -128 to 127; exact.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+struct Int8 {
+    typedef int32_t Word;
+    typedef IntVec Words, Sums;
+    static const int GROUP = 4;
+    static inline Sums add(Sums sums, Word a, Words b) {
+#ifdef __AVX512VNNI__
+        return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(a), (__m512i)b);
+#else
+        return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sums, _mm256_set1_epi32(a), (__m256i)b);
+#endif
+    }
+};
+#else
+typedef Int16 Int8;  // the bytes are widened first
+#endif
+
+// Pairs of bfloat16s, added up in float32.
+#ifdef __AVX512BF16__
+struct BFloat16 {
+    typedef int32_t Word;
+    typedef IntVec Words;
+    typedef Vec Sums;
+    static const int GROUP = 2;
+    static inline Sums add(Sums sums, Word a, Words b) {
+        return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+    }
+};
+#else
+typedef Float32 BFloat16;  // the numbers are widened first
+#endif
+
+// Rows of words: row r has its word k at start[r * ld + k] or, if they are divided into panels of
+// `width` words, at start[k / width * jump + r * ld + k % width].
+template <class Word> struct Rows {
+    const Word* start;
+    int64_t ld;
+    int width;
+    int64_t jump;
+    Rows from(int r) const { return {start + r * ld, ld, width, jump}; }
+};
+
+// c (R, H W) += a (R, K) b (K, H W) in words, or c = a b if `fresh`, where K = panels * a.width; the
+// rows of b and c are NR and ldc apart. Prefetches from `ahead` on, `pace` words in each step.
+template <class T, int R, int H>
+static void tile(Rows<typename T::Word> a, int panels, const typename T::Word* b, float* c,
+        int64_t ldc, bool fresh, const float* ahead, int pace) {
+    typedef typename T::Sums Sums;
+    typedef typename T::Words Words;
+    Sums sums[R][H];
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < H; h++) sums[r][h] = Sums{};
+    for (int panel = 0; panel < panels; panel++, a.start += a.jump)
+        for (int k = 0; k < a.width; k++, b += NR, ahead += pace) {
+            Words words[H];
+            for (int h = 0; h < H; h++) words[h] = load<Words>(b + h * W);
+            __builtin_prefetch(ahead);
+            #pragma GCC unroll 12
+            for (int r = 0; r < R; r++)
+                for (int h = 0; h < H; h++)
+                    sums[r][h] = T::add(sums[r][h], a.start[r * a.ld + k], words[h]);
+        }
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < H; h++) {
+            float* to = c + r * ldc + h * W;
+            store(to, fresh ? sums[r][h] : load<Sums>(to) + sums[r][h]);
+        }
+}
+
+// tile<T, rows, H>(arguments ...), where rows is from 1 to R.
+template <class T, int R, int H, class... Arguments>
+static void tile_of(int rows, Arguments... arguments) {
+    if (rows == R) return tile<T, R, H>(arguments...);
+    tile_of<T, (R > 1 ? R - 1 : R), H>(rows, arguments...);
+}
+
+// Intel's tile registers ("AMX") hold 16 rows of 16 words each; the last two of them are used for b,
+// the two before for a, the others for the sums.
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
+struct TileRegisters {
+    struct alignas(64) Configuration {
+        uint8_t palette = 1, reserved[15] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    // Linux gives them to a process that asks for them, with arch_prctl(ARCH_REQ_XCOMP_PERM).
+    static bool usable() {
+        static const bool given = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+        return given;
+    }
+    static void begin() {
+        Configuration configuration;
+        _tile_loadconfig(&configuration);
+    }
+    static void end() { _tile_release(); }
+    static void add_first(BFloat16) { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); }
+    static void add_second(BFloat16) { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+    static void add_first(Int8) { _tile_dpbusd(0, 4, 6); _tile_dpbusd(1, 4, 7); }
+    static void add_second(Int8) { _tile_dpbusd(2, 5, 6); _tile_dpbusd(3, 5, 7); }
+    static void add_first(Float32) {}
+    static void add_second(Float32) {}
+
+    // c (rows, NR) += a (rows, K) b (K, NR) in words, as tile() does; rows is at most 32, but as many
+    // of a as fill tiles are read. Prefetches `pace` lines in each step of 16 words.
+    template <class T>
+    static void tile(int rows, Rows<typename T::Word> a, int panels, const typename T::Word* b,
+            float* c, int64_t ldc, bool fresh, const float* ahead, int pace) {
+        alignas(64) float sums[32 * 32];
+        const bool both = rows > 16;
+        __asm__ volatile("" ::: "memory");  // GCC does not know what tiles read
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int panel = 0; panel < panels; panel++, a.start += a.jump)
+            for (int k = 0; k < a.width; k += 16, b += 16 * NR) {
+                _tile_loadd(6, b, 4 * NR);
+                _tile_loadd(7, b + 16, 4 * NR);
+                _tile_loadd(4, a.start + k, a.ld * 4);
+                add_first(T());
+                for (int i = 0; i < pace; i++, ahead += 16) __builtin_prefetch(ahead, 0, 2);
+                if (both) {
+                    _tile_loadd(5, a.start + 16 * a.ld + k, a.ld * 4);
+                    add_second(T());
+                }
+            }
+        _tile_stored(0, sums, 128);
+        _tile_stored(1, sums + 16, 128);
+        _tile_stored(2, sums + 512, 128);
+        _tile_stored(3, sums + 528, 128);
+        for (int r = 0; r < rows; r++)
+            for (int h = 0; h < 2; h++) {
+                const Vec sum = load<Vec>(sums + r * 32 + h * W);
+                float* to = c + r * ldc + h * W;
+                store(to, fresh ? sum : load<Vec>(to) + sum);
+            }
+    }
+};
+#else
+struct TileRegisters {
+    static bool usable() { return false; }
+    static void begin() {}
+    static void end() {}
+    template <class T, class... Arguments> static void tile(Arguments...) {}
+};
+#endif
+
+}  // namespace gemm

@@ -321,13 +321,18 @@ static void multiply_transposed(int M, int N, int K, const float* A,
                                         block.data() + (p * RANGE + r) * width);
                     }
                     const bool last = panel + CHUNK >= panels;
-                    const Next next = {last ? B + (k + RANGE) / F::GROUP * NR :
-                            from + CHUNK * stored * NR, stored * NR, CHUNK, rows / F::GROUP * NR};
+                    const auto* follows = last ? B + (k + RANGE) / F::GROUP * NR :
+                            from + CHUNK * stored * NR;
+                    const auto next = [&](int part) {  // a share of the next chunk
+                        const int begin = rows / F::GROUP * part / parts;
+                        return Next{follows + begin * NR, stored * NR, CHUNK,
+                                (rows / F::GROUP * (part + 1) / parts - begin) * NR};
+                    };
                     for (int part = 0; part < parts; part++)
                         (registers ? register_tiles<T> : tiles<T>)(rows, b, count,
                                 turned.data() + (part * depth + (int64_t)panel * width) * NR,
                                 sums.data() + part * RANGE * NR, NR, m - part * NR <= W,
-                                panel == 0, Next{from, 0, 1, 0});
+                                panel == 0, next(part));
                 }
                 for (int part = 0; part < parts; part++)
                     transpose(sums.data() + part * RANGE * NR, NR, rows, std::min(NR, m - part * NR),

@@ -23,14 +23,25 @@ LOSS_BOUND = 1e-4  # absolute, each step, in nats per token
 LORA_BOUND = 1e-3  # of each matrix, ||A - B|| / ||B|| in the Frobenius norm
 LR_BOUND = 1e-12  # absolute, each step
 SIDES = {"torch": "PyTorch", "jittor": "Jittor"}
+# what is compared where float64 judges: from the distance of a side to it
+FROM_FLOAT64 = {"loss, root mean square of the differences": lambda d: d["loss"]["rms"],
+                "LoRA, relative difference of all matrices together": lambda d: d["lora_all"]}
 METRICS = ("BLEU", "BLEU NLTK", "NIST", "METEOR", "ROUGE_L", "CIDEr", "TER")
 
 
-def collect(folder: Path, seeds: list[int], batch_sizes: list[int]) -> dict:
-    """All data of the report, ready for JSON; :func:`broken` checks the bounds."""
+def collect(folder: Path, seeds: list[int], batch_sizes: list[int], judged: bool) -> dict:
+    """All data of the report, ready for JSON; :func:`broken` checks the bounds.
+
+    ``judged``: by float64, which must have been run; Jittor may be as far from it as PyTorch.
+    """
     (setting,) = read_jsonl(folder / "setting.json", {"name": str}, "run align/run.sh first")
     runs = {seed: _seed(folder / f"seed{seed}", batch_sizes) for seed in seeds}
-    return {**setting, "bounds": {"loss": LOSS_BOUND, "lora": LORA_BOUND}, "seeds": runs}
+    for seed, one in runs.items():
+        if judged and "float64" not in one:
+            raise InputError(f"{folder / f'seed{seed}' / 'float64'}: has no scores.json; run "
+                             "align/run.sh without --report_only")
+    return {**setting, "judged": judged, "bounds": {} if judged else {
+        "loss": LOSS_BOUND, "lora": LORA_BOUND}, "seeds": runs}
 
 
 def broken(results: dict) -> list[tuple[int, str]]:
@@ -40,6 +51,13 @@ def broken(results: dict) -> list[tuple[int, str]]:
         loss, lora = one["loss"], one["lora"]
         if not one["lr_largest"] <= LR_BOUND:
             found.append((seed, f"learning rates differ by {one['lr_largest']:.2g}"))
+        if results["judged"]:
+            for name, value in FROM_FLOAT64.items():
+                theirs, ours = (value(one["float64"][side]) for side in SIDES)
+                if not ours <= theirs:
+                    found.append((seed, f"{name}: Jittor is {ours:.2e} from float64, PyTorch "
+                                        f"{theirs:.2e}"))
+            continue
         if loss["first_beyond"] is not None:
             found.append((seed, f"loss of step {loss['first_beyond']} differs by more than "
                                 f"{LOSS_BOUND:g}, at most by {loss['largest']:.2g}"))
@@ -70,11 +88,13 @@ def _seed(folder: Path, batch_sizes: list[int]) -> dict:
                            for side in SIDES}
     one["samples_per_s"] = {"torch": _pace(torch, 1), "jittor": {
         size: _pace(jittor, size) for size in batch_sizes}}
-    one["scores"] = {side: _scores(folder / side) for side in SIDES}
-    one["mean_loss"] = {side: _losses(folder / side).mean() for side in SIDES}
+    is_judged = (exact / "scores.json").is_file()  # written last, so the run is complete
+    sides = [*SIDES, *(["float64"] if is_judged else [])]
+    one["scores"] = {side: _scores(folder / side) for side in sides}
+    one["mean_loss"] = {side: _losses(folder / side).mean() for side in sides}
     one["last_losses"] = {side: _losses(folder / side)[-max(1, one["steps"] // 10):].mean()
-                          for side in SIDES}
-    if (exact / "scores.json").is_file():  # written last, so the run is complete
+                          for side in sides}
+    if is_judged:
         one["float64"] = {side: {**_distance(folder / side, exact), "identical": _same(
             _predictions(folder / side, batch_sizes[0] if side == "jittor" else 1),
             _predictions(exact, 1))} for side in SIDES}
@@ -93,8 +113,11 @@ def _distance(a: Path, b: Path) -> dict:
     if ours.keys() != theirs.keys():
         raise InputError(f"{a}: its LoRA matrices are not those of {b}; run both again")
     return {"steps": len(apart), "lr_largest": float(np.abs(np.subtract(*rates)).max()),
+            "lora_all": _relative(*(np.concatenate([side[name].ravel() for name in theirs])
+                                    for side in (ours, theirs))),
             "loss": {"largest": float(apart.max()), "largest_at": int(apart.argmax()) + 1,
                      "median": float(np.median(apart)),
+                     "rms": float(np.sqrt(np.mean(apart ** 2))),
                      "first_beyond": int(beyond[0]) + 1 if len(beyond) else None},
             "lora": {name: _relative(ours[name], theirs[name]) for name in theirs}}
 
@@ -168,7 +191,7 @@ def write(out: Path, folder: Path, results: dict, faults: list[tuple[int, str]],
     _write(out / "results.json", json.dumps({**results, "broken": faults}, indent=1) + "\n")
     _write(out / "losses.csv", _csv(losses))
     with replacing(out / "losses.png") as file:
-        file.write(_figure(results["name"], losses, strict))
+        file.write(_figure(results, losses, strict))
     for seed in losses:
         for side in SIDES:
             _write(out / f"{side}.{seed}.train.log", (
@@ -191,9 +214,10 @@ def _csv(losses: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figure(name: str, losses: dict, strict: bool) -> bytes:
+def _figure(results: dict, losses: dict, strict: bool) -> bytes:
     """A PNG: both loss curves (running mean, mean of seeds) and their absolute difference.
 
+    If float64 judges, the difference of each to float64, mean of the seeds' absolute differences.
     The logarithmic axis has no place for a difference of 0: such steps get a mark at its foot.
     """
     import matplotlib
@@ -215,19 +239,26 @@ def _figure(name: str, losses: dict, strict: bool) -> bytes:
             spread = smooth.std(0, ddof=1)
             above.fill_between(steps[window - 1:], smooth.mean(0) - spread,
                                smooth.mean(0) + spread, color=line.get_color(), alpha=0.2)
-    apart = np.abs(curves["jittor"].mean(0) - curves["torch"].mean(0))
-    below.semilogy(steps[apart > 0], apart[apart > 0], ".", markersize=3, color="tab:gray",
-                   label="|Jittor - PyTorch|")
-    if not apart.all():
-        foot = apart[apart > 0].min(initial=LOSS_BOUND) / 3
-        same = steps[apart == 0]
-        below.plot(same, np.full(len(same), foot), "|", markersize=6, color="tab:green",
-                   label=f"the same to the last bit: {len(same)} of {len(steps)} steps")
-    if strict:
-        below.axhline(LOSS_BOUND, color="tab:red", linestyle=":", label=f"bound {LOSS_BOUND:g}")
+    if results["judged"]:
+        exact = np.array([one["float64"] for one in losses.values()])
+        for side, title in SIDES.items():
+            below.semilogy(steps, np.abs(curves[side] - exact).mean(0), ".", markersize=3,
+                           label=f"|{title} - PyTorch in float64|")
+    else:
+        apart = np.abs(curves["jittor"].mean(0) - curves["torch"].mean(0))
+        below.semilogy(steps[apart > 0], apart[apart > 0], ".", markersize=3, color="tab:gray",
+                       label="|Jittor - PyTorch|")
+        if not apart.all():
+            foot = apart[apart > 0].min(initial=LOSS_BOUND) / 3
+            same = steps[apart == 0]
+            below.plot(same, np.full(len(same), foot), "|", markersize=6, color="tab:green",
+                       label=f"the same to the last bit: {len(same)} of {len(steps)} steps")
+        if strict:
+            below.axhline(LOSS_BOUND, color="tab:red", linestyle=":",
+                          label=f"bound {LOSS_BOUND:g}")
     above.set(ylabel="loss (nats per token)")
     below.set(xlabel="micro-batch", ylabel="difference (nats per token)")
-    figure.suptitle(name)
+    figure.suptitle(results["name"])
     for axes in (above, below):
         axes.grid(alpha=0.3)
         axes.legend()
@@ -239,7 +270,7 @@ def _figure(name: str, losses: dict, strict: bool) -> bytes:
 
 def _table(results: dict, faults: list[tuple[int, str]], strict: bool) -> str:
     """The report in Markdown."""
-    runs = results["seeds"]
+    runs, judged = results["seeds"], results["judged"]
     lines = [f"# {results['name']}", "", f"    {results['command']}", "",
              f"Machine: {results['machine']}. Versions: " + ", ".join(
                  f"{name} {version}" for name, version in results["versions"].items()) + ".", ""]
@@ -266,17 +297,21 @@ def _table(results: dict, faults: list[tuple[int, str]], strict: bool) -> str:
     table += [(f"samples with identical ids, batch size {size}", ["all", *(
         f"{one['identical'][size]} of {one['samples']}" for one in runs.values())])
         for size in next(iter(runs.values()))["identical"]]
+    if not strict or judged:  # the dropout masks or the rounding differ, so no bound applies
+        table = [(name, ["", *cells[1:]]) for name, cells in table]
     for side, title in SIDES.items():
         exact = {seed: one["float64"][side] for seed, one in runs.items() if "float64" in one}
+        bound = "PyTorch's" if judged and side == "jittor" else ""
         for name, value in (
                 ("loss, largest difference", lambda e: f"{e['loss']['largest']:.2e}"),
                 ("LoRA, largest relative difference", lambda e: f"{max(e['lora'].values()):.2e}"),
+                *((name, lambda e, value=value: f"{value(e):.2e}")
+                  for name, value in FROM_FLOAT64.items()),
                 ("samples with identical ids", lambda e: str(e["identical"]))):
             if exact:
-                table.append((f"{title} to PyTorch in float64: {name}", ["", *(
-                    value(exact[seed]) if seed in exact else "" for seed in runs)]))
-    if not strict:  # the dropout masks differ, so no bound applies
-        table = [(name, ["", *cells[1:]]) for name, cells in table]
+                table.append((f"{title} to PyTorch in float64: {name}", [
+                    bound if name in FROM_FLOAT64 else "", *(
+                        value(exact[seed]) if seed in exact else "" for seed in runs)]))
     rows(f"Jittor to PyTorch ({results['inputs']} different test inputs)",
          ["bound", *(f"seed {seed}" for seed in runs)], table)
 
@@ -285,16 +320,19 @@ def _table(results: dict, faults: list[tuple[int, str]], strict: bool) -> str:
         spreads = [f" ± {stdev(values[side]):.{digits}f}" if len(runs) > 1 else ""
                    for side in ("torch", "jittor")]
         sign = "+" if last is np.subtract else ""
+        exact = [f"{mean(values['float64']):.{digits}f}"] if "float64" in values else []
         return name, [*(f"{m:.{digits}f}{s}" for m, s in zip(means, spreads)),
-                      f"{last(means[1], means[0]):{sign}.{digits}f}"]
+                      f"{last(means[1], means[0]):{sign}.{digits}f}", *exact]
 
     def values(key: str, inner: str | None = None) -> dict[str, list[float]]:
         return {side: [one[key][side][inner] if inner else one[key][side]
-                       for one in runs.values()] for side in SIDES}
+                       for one in runs.values()]
+                for side in next(iter(runs.values()))[key] if side in SIDES or judged}
 
     metrics = () if is_random(results) else next(iter(runs.values()))["scores"]["torch"]
     note = f", mean ± standard deviation of {len(runs)} seeds" if len(runs) > 1 else ""
-    rows(f"Losses{' and scores' if metrics else ''}{note}", ["PyTorch", "Jittor", "difference"], [
+    rows(f"Losses{' and scores' if metrics else ''}{note}",
+         ["PyTorch", "Jittor", "difference", *(["PyTorch in float64"] if judged else [])], [
         pair("loss, all steps", values("mean_loss"), 4),
         pair("loss, last tenth of the steps", values("last_losses"), 4),
         *(pair(metric, values("scores", metric), 4) for metric in metrics)])

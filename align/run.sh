@@ -8,6 +8,7 @@
 # valid.jsonl, test.jsonl and test_formatted.jsonl.
 #
 #   --strict             no LoRA dropout, and exit code 1 if a difference is too large
+#   --precision TYPE     float32 or bf16, of both sides; bf16 with --strict compares with float64
 #   --card CARD          gpt2.nano, gpt2.sm, gpt2.md or gpt2.lg
 #   --base FILE|random   base model
 #   --steps N            micro-batches to train

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from common import InputError, replacing
-from report import is_random
+from report import FROM_FLOAT64, is_random
 
 BEGIN, END = "<!-- align: written by align/run.sh -->", "<!-- align: end -->"
 WORDS = {
@@ -23,12 +23,18 @@ WORDS = {
                    "BLEU, PyTorch / Jittor"],
         "paper": ["run with dropout", "seeds", "loss, last tenth: PyTorch", "Jittor",
                   "BLEU: PyTorch", "Jittor", "METEOR: PyTorch", "Jittor"],
+        "bf16": ["strict run in bf16, both sides to PyTorch in float64", "steps",
+                 "loss, root mean square: PyTorch", "Jittor", "LoRA, relative: PyTorch", "Jittor",
+                 "same token ids: PyTorch", "Jittor", "BLEU, float64 / PyTorch / Jittor"],
         "of": "of", "size": "batch size"},
     "cn": {
         "strict": ["严格对齐", "步数", "loss 最大差", "LoRA 矩阵最大相对差", "相同的 token id",
                    "BLEU，PyTorch / Jittor"],
         "paper": ["带 dropout", "种子数", "最后 10% 步的平均 loss：PyTorch", "Jittor",
                   "BLEU：PyTorch", "Jittor", "METEOR：PyTorch", "Jittor"],
+        "bf16": ["bf16 严格对齐，两侧与 PyTorch float64 比较", "步数", "loss 差的均方根：PyTorch",
+                 "Jittor", "LoRA 相对差：PyTorch", "Jittor", "相同的 token id：PyTorch", "Jittor",
+                 "BLEU，float64 / PyTorch / Jittor"],
         "of": "/", "size": "batch size"},
 }
 # document -> (path of the results relative to the document, language); the first two are short
@@ -57,16 +63,21 @@ def publish(root: Path) -> None:
 
 
 def tables(results: list[dict], folder: str, language: str) -> str:
-    """Markdown tables of the strict runs and of those with dropout, without empty tables."""
+    """Markdown tables of the runs of each kind, without empty tables."""
     words, text = WORDS[language], ""
-    for kind, row in (("strict", _strict), ("paper", _paper)):
+    for kind, row in (("strict", _strict), ("bf16", _bf16), ("paper", _paper)):
         rows = [[f"[{run['name']}]({folder}/{run['name']}/table.md)", *row(run, words)]
-                for run in results if ("--strict" in shlex.split(run["command"])) == (
-                    kind == "strict")]
+                for run in results if _kind(run) == kind]
         if rows:
             text += f"\n| {' | '.join(words[kind])} |\n|---{'|---:' * (len(words[kind]) - 1)}|\n"
             text += "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
     return text + "\n" if text else ""
+
+
+def _kind(run: dict) -> str:
+    if run.get("judged"):  # reports written before --precision lack it
+        return "bf16"
+    return "strict" if "--strict" in shlex.split(run["command"]) else "paper"
 
 
 def _strict(run: dict, words: dict) -> list[str]:
@@ -79,6 +90,19 @@ def _strict(run: dict, words: dict) -> list[str]:
             "" if is_random(run) else " / ".join(
                 f"{mean(one['scores'][side]['BLEU'] for one in seeds):.4f}"
                 for side in ("torch", "jittor"))]
+
+
+def _bf16(run: dict, words: dict) -> list[str]:
+    seeds = run["seeds"].values()
+    sides = [[one["float64"][side] for one in seeds] for side in ("torch", "jittor")]
+    return [", ".join(str(one["steps"]) for one in seeds),
+            *(f"{max(value(far) for far in side):.1e}" for value in FROM_FLOAT64.values()
+              for side in sides),
+            *(f"{sum(far['identical'] for far in side)} {words['of']} "
+              f"{sum(one['samples'] for one in seeds)}" for side in sides),
+            "" if is_random(run) else " / ".join(
+                f"{mean(one['scores'][side]['BLEU'] for one in seeds):.4f}"
+                for side in ("float64", "torch", "jittor"))]
 
 
 def _paper(run: dict, _: dict) -> list[str]:

@@ -39,9 +39,9 @@ def add_model_flags(parser: argparse.ArgumentParser, card: str) -> None:
                         metavar="DIR", help="where output goes (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                         help="where to compute; auto takes a GPU if there is one")
-    # To show that a difference is the rounding of float32; src/ has no such flag.
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32",
-                        help=argparse.SUPPRESS)
+    parser.add_argument("--precision", choices=["float32", "bf16", "float64"], default="float32",
+                        help="of the computation; bf16: of matrix products only, by autocast "
+                             "(default: %(default)s)")
 
 
 def make_model(args: argparse.Namespace, lora_dropout: float = 0.0) -> GPT2LMHeadModel:
@@ -57,4 +57,6 @@ def make_model(args: argparse.Namespace, lora_dropout: float = 0.0) -> GPT2LMHea
         torch_model.load_weights(model, args.init_checkpoint)
     if args.lora_checkpoint:
         torch_model.load_lora(model, args.lora_checkpoint)
-    return model.to("cuda" if on_gpu else "cpu", getattr(torch, args.dtype))
+    model.to("cuda" if on_gpu else "cpu",
+             torch.float64 if args.precision == "float64" else torch.float32)
+    return torch_model.with_bf16_products(model) if args.precision == "bf16" else model

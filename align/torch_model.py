@@ -54,6 +54,23 @@ def build(card: str | Mapping[str, int], lora_dim: int = 0, lora_alpha: int = 12
     return model
 
 
+def with_bf16_products(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Changes the float32 ``model`` to compute matrix products in bfloat16, by autocast.
+
+    Weights, residual stream, LayerNorm and the logits that come out stay in float32.
+    """
+    forward = model.forward
+
+    def autocast(*args, **kwargs):
+        with torch.autocast(model.device.type, torch.bfloat16):
+            output = forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = autocast
+    return model
+
+
 def loss(logits: Tensor, target: Tensor, mask: Tensor, label_smooth: float = 0.0) -> Tensor:
     """Mean loss of the masked positions in nats, a scalar.
 

@@ -3,7 +3,7 @@
     python align/torch_train.py @data/experiment.ini --train_data F --valid_data F
 
 WORK_DIR gets train.log (the log lines), metrics.csv (a row for each micro-batch), model.STEP.pt.
-``--dtype float64`` runs the same training in double precision.
+``--precision bf16`` computes matrix products in bfloat16, ``float64`` all in double precision.
 """
 
 from __future__ import annotations

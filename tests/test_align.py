@@ -84,6 +84,60 @@ def test_results_of_a_strict_run(run):
     assert (results / "short" / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture(scope="module")
+def bf16(root, data, tmp_path_factory):
+    """(the finished process, its work dir, its results) of a strict run in bf16."""
+    pytest.importorskip("transformers")
+    out = tmp_path_factory.mktemp("bf16")
+    done = align(root, data, *FLAGS, "--precision", "bf16", "--work_dir", out / "work",
+                 "--results", out / "results")
+    return done, out / "work", out / "results"
+
+
+@pytest.mark.slow
+def test_bf16_is_judged_by_float64(bf16):
+    done, _, results = bf16
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    report = json.loads((results / "short" / "results.json").read_text())
+    one, = report["seeds"].values()
+    assert report["judged"] and report["broken"] == []
+    torch, jittor = one["float64"]["torch"], one["float64"]["jittor"]
+    # Beyond the rounding of float32: each side did compute in bf16, and not far beyond that.
+    assert 1e-4 < jittor["loss"]["rms"] <= torch["loss"]["rms"] < 0.05
+    assert 1e-3 < jittor["lora_all"] <= torch["lora_all"] < 0.5
+    assert sorted(one["scores"]) == sorted(one["mean_loss"]) == ["float64", "jittor", "torch"]
+    table = (results / "short" / "table.md").read_text()
+    assert "**All bounds hold.**" in table and "| PyTorch in float64 |" in table
+    assert f"{jittor['lora_all']:.2e} |" in table
+    with open(results / "short" / "losses.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for side, far in one["float64"].items():
+        apart = [float(row[side]) - float(row["float64"]) for row in rows]
+        assert far["loss"]["rms"] == pytest.approx((sum(x * x for x in apart) / STEPS) ** 0.5)
+
+
+@pytest.mark.slow
+def test_bf16_farther_than_pytorch_is_broken(root, data, bf16, tmp_path):
+    _, work, _ = bf16
+    shutil.copytree(work, tmp_path / "work")
+
+    def again():
+        return align(root, data, *FLAGS, "--precision", "bf16", "--report_only", "--work_dir",
+                     tmp_path / "work", "--results", tmp_path / "results")
+
+    from runtime import torch_file
+
+    path = tmp_path / "work/short/seed2025/jittor" / f"model.{STEPS}.pt"
+    state = torch_file.load(path)["model_state_dict"]
+    torch_file.save(path, {"model_state_dict": {
+        name: value * 2 if "lora_A" in name else value for name, value in state.items()}})
+    done = again()
+    assert done.returncode == 1 and "all matrices together: Jittor is " in done.stderr
+    (tmp_path / "work/short/seed2025/float64/scores.json").unlink()
+    done = again()
+    assert done.returncode == 1 and "float64: has no scores.json; run " in done.stderr
+
+
 def _shift_loss(jittor):
     path = jittor / "metrics.csv"
     lines = path.read_text().splitlines()
@@ -154,6 +208,12 @@ def test_table_of_all_runs(root, run, tmp_path):
         paper["seeds"][seed]["scores"]["jittor"]["BLEU"] = bleu
     (tmp_path / "align/results/dropout").mkdir()
     (tmp_path / "align/results/dropout/results.json").write_text(json.dumps(paper))
+    far = {"loss": {"rms": 0.002}, "lora_all": 0.03, "identical": 7}
+    judged = json.loads((run[2] / "short" / "results.json").read_text())
+    judged.update(name="rounded", judged=True, seeds={"1": {**one, "float64": {
+        "torch": far, "jittor": {**far, "lora_all": 0.02}}}})
+    (tmp_path / "align/results/rounded").mkdir()
+    (tmp_path / "align/results/rounded/results.json").write_text(json.dumps(judged))
     documents = [tmp_path / name for name in DOCUMENTS]
     for path in documents:
         path.write_text("before\n<!-- align: written by align/run.sh -->\nold\n"
@@ -167,6 +227,8 @@ def test_table_of_all_runs(root, run, tmp_path):
             assert "old" not in text and text.count(f"({folder}/short/table.md)") == 1
             strict, = (line for line in text.splitlines() if "[short]" in line)
             assert f"| {STEPS} | {one['loss']['largest']:.1e} |" in strict
+            rounded, = (line for line in text.splitlines() if "[rounded]" in line)
+            assert f"| {STEPS} | 2.0e-03 | 2.0e-03 | 3.0e-02 | 2.0e-02 | 7 " in rounded
             dropout, = (line for line in text.splitlines() if "[dropout]" in line)
             assert "| 3 |" in dropout and "| 0.2000 ± 0.1000 |" in dropout
     documents[0].write_text("no place\n")

@@ -15,6 +15,7 @@ from itertools import chain
 from statistics import mean
 
 import model_files
+import quiet
 import report
 import samples
 from shared import (
@@ -64,6 +65,9 @@ def parse_args() -> argparse.Namespace:
                         help="largest number of blocks of each side for a setting")
     parser.add_argument("--seconds", type=at_least(0, float), default=6.0,
                         help="no further block for a setting after so many seconds")
+    parser.add_argument("--quiet", type=quiet.share, default=quiet.LIMIT, help="largest share of "
+                        "the processors that other programs may take in a round; a round in which "
+                        "they take more is measured again; 1: every round counts")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
     parser.add_argument("--name", default="scale", help="name of the files in bench/results")
     args = parser.parse_args()
@@ -81,6 +85,8 @@ def main() -> None:
     with ExitStack() as stack:
         workers = {side: stack.enter_context(Worker(script)) for side, script in SIDES.items()}
         starts = [worker.ask("start", device=args.device) for worker in workers.values()]
+        watch = quiet.Watch({side: worker.process.pid for side, worker in workers.items()},
+                            args.quiet)
         for card in args.cards:
             log(f"{card}: loading the model")
             model = model_files.random_model(card)
@@ -90,23 +96,24 @@ def main() -> None:
                 training[card] = []
                 for batch_size, seq_len in settings:
                     training[card].append({"batch_size": batch_size, "seq_len": seq_len,
-                                           **train(args, workers, batch_size, seq_len)})
+                                           **train(args, watch, workers, batch_size, seq_len)})
                     bar.update()
             with Progress(len(args.beam_sizes), f"{card}, beam search", "setting") as bar:
                 beam[card] = []
                 for batch_size in args.beam_sizes:
                     beam[card].append({"batch_size": batch_size,
-                                       **search(args, workers, batch_size)})
+                                       **search(args, watch, workers, batch_size)})
                     bar.update()
     results = {**report.setting(starts, args.device), "flags": TRAIN, "beam_flags": BEAM,
-               "training": training, "beam": beam}
+               "quiet": watch.summary(), "training": training, "beam": beam}
     report.write(args.name, results, describe(results), figure(results))
 
 
-def measure(args: argparse.Namespace, ask: Callable[[str, int], list[float]]) -> dict:
+def measure(args: argparse.Namespace, watch: quiet.Watch,
+            ask: Callable[[str, int], list[float]]) -> dict:
     """Medians and ratio of what ``ask`` measures on both sides until the time is used up."""
     blocks, started = {side: [] for side in SIDES}, time.perf_counter()
-    for answers in in_turns(SIDES, args.rounds, ask):
+    for answers in in_turns(SIDES, args.rounds, ask, watch):
         for side, answer in answers.items():
             blocks[side].append(answer)
         if time.perf_counter() - started > args.seconds:
@@ -115,8 +122,8 @@ def measure(args: argparse.Namespace, ask: Callable[[str, int], list[float]]) ->
             "ratio": report.ratio(blocks["ours"], blocks["align"])}
 
 
-def train(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int,
-          seq_len: int) -> dict:
+def train(args: argparse.Namespace, watch: quiet.Watch, workers: dict[str, Worker],
+          batch_size: int, seq_len: int) -> dict:
     """Measures milliseconds per micro-batch."""
     block = TRAIN["grad_acc"]
     flags = {flag: value for flag, value in TRAIN.items() if flag != "lora_dropout"}
@@ -126,10 +133,12 @@ def train(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int,
         worker.ask("start_training", **flags)
         worker.ask("train", steps=block)  # to warm up
     # The mean over an update, because only its last micro-batch includes the optimizer step.
-    return measure(args, lambda side, _: [mean(workers[side].ask("train", steps=block)["ms"])])
+    return measure(args, watch, lambda side, _: [
+        mean(workers[side].ask("train", steps=block)["ms"])])
 
 
-def search(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int) -> dict:
+def search(args: argparse.Namespace, watch: quiet.Watch, workers: dict[str, Worker],
+           batch_size: int) -> dict:
     """Measures samples per second; align's side always takes one sample at a time."""
     data = samples.of_length(TRAIN["seq_len"], count=batch_size)
     queries = FTDataset(data, 1, TRAIN["seq_len"], BEAM["eval_len"]).queries()
@@ -142,7 +151,7 @@ def search(args: argparse.Namespace, workers: dict[str, Worker], batch_size: int
 
     for side in SIDES:
         ask(side, 0, eval_len=4)  # to warm up
-    return measure(args, ask)
+    return measure(args, watch, ask)
 
 
 def describe(results: dict) -> list[str]:

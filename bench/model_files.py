@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -50,19 +51,18 @@ def trained_model(card: str, path: Path) -> dict:
             "alpha": LORA["alpha"]}
 
 
-def for_ctranslate2(model: dict) -> str:
-    """The folder with ``model`` in CTranslate2's format, LoRA merged."""
-    folder = Path(model["base"]).with_name("ctranslate2")
+def converted(model: dict, form: str, script: str) -> str:
+    """The folder with ``model`` in another program's format, by ``convert`` of bench/SCRIPT."""
+    folder = WORK / model["card"] / form
     if model["lora"] is None:  # a training run may have replaced the checkpoint since
-        folder = WORK / model["card"] / "ctranslate2-checkpoint"
+        folder = folder.with_name(f"{form}-checkpoint")
         shutil.rmtree(folder, ignore_errors=True)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        log(f"{model['card']}: converting for CTranslate2 to {folder}")
-        with Worker("side_transformers.py") as worker:
-            worker.ask("start", device="cpu")
-            worker.ask("load", **model)
-            worker.ask("convert", folder=str(folder))
+        log(f"{model['card']}: converting for {form} to {folder}")
+        with Worker(script) as worker, tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+            worker.ask("convert", folder=f"{fresh}/{form}", **model)
+            Path(fresh, form).rename(folder)
     return str(folder)
 
 

@@ -16,6 +16,10 @@ import numpy as np
 
 from shared import RESULTS, log, replacing
 
+# The vector instructions on which speed depends, as /proc/cpuinfo names them.
+INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16",
+                "amx_int8")
+
 
 def spread(values: Iterable[float]) -> dict[str, float]:
     """Median and quartiles."""
@@ -24,14 +28,11 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 
 def ratio(blocks: list[list[float]], other: list[list[float]]) -> dict[str, float]:
-    """The ratio of one side's figures, given block by block, to those of another side.
+    """Median and quartiles of the ratios of one side's figures to another's, block by block.
 
-    ``of_medians`` is the ratio of the medians of all figures. The median and the quartiles are
-    those of the ratios of single blocks, each a ratio of two medians.
+    The ratio of two blocks is that of their medians.
     """
-    return {"of_medians": float(np.median(np.concatenate(blocks))
-                                / np.median(np.concatenate(other))),
-            **spread(np.median(a) / np.median(b) for a, b in zip(blocks, other))}
+    return spread(np.median(a) / np.median(b) for a, b in zip(blocks, other))
 
 
 def inverse(values: dict[str, float] | None) -> dict[str, float] | None:
@@ -49,17 +50,20 @@ def setting(starts: Iterable[dict], device: str) -> dict:
     return {"command": f"bash bench/run.sh {Path(sys.argv[0]).stem.removeprefix('bench_')} "
                        + shlex.join(sys.argv[1:]),
             "machine": machine(device), "device": device, "versions": versions,
-            "threads": sorted({start["threads"] for start in starts}), "dtype": "float32"}
+            "threads": sorted({start["threads"] for start in starts})}
 
 
 def machine(device: str) -> str:
     """A description of processor, cores and memory, and of the GPU if it was used."""
-    cpu = platform.processor() or platform.machine()
+    cpu, flags = platform.processor() or platform.machine(), []
     for line in _lines("/proc/cpuinfo"):
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
+        if line.startswith("flags"):
+            flags = [flag for flag in INSTRUCTIONS if flag in line.split()]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30
-    words = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    words = (f"{cpu} ({', '.join(flags) or 'no AVX2'}), {len(os.sched_getaffinity(0))} cores, "
+             f"{memory:.0f} GiB")
     if device == "cuda" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         words += ", " + subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -80,20 +84,47 @@ def table(head: list[str], rows: Iterable[Iterable[object]]) -> list[str]:
 
 
 def cell(values: dict | None, digits: int) -> str:
-    """A :func:`spread` or :func:`ratio` in a table: the figure and, in brackets, the quartiles."""
+    """A :func:`spread` or :func:`ratio` in a table: the median and, in brackets, the quartiles."""
     if values is None:
         return ""
-    figure = values.get("of_medians", values["median"])
-    return f"{figure:.{digits}f} [{values['q1']:.{digits}f}, {values['q3']:.{digits}f}]"
+    return f"{values['median']:.{digits}f} [{values['q1']:.{digits}f}, {values['q3']:.{digits}f}]"
+
+
+def percent(share: float | None) -> str:
+    """A share in a table."""
+    return "" if share is None else f"{share:.1%}"
+
+
+def whole(number: float | None) -> str:
+    """A number without decimals in a table."""
+    return "" if number is None else f"{number:.0f}"
+
+
+def ratio_heads(results: dict) -> list[str]:
+    """The heads of the columns of ratios, one for each precision of ours."""
+    return [f"our time / their time, ours {own.split()[1]} [over rounds]"
+            for own in results["ours"]]
 
 
 def introduction(title: str, results: dict) -> list[str]:
     """The head of a report."""
     return [f"# {title}", "", f"    {results['command']}", "",
             f"Machine: {results['machine']}; {'/'.join(map(str, results['threads']))} threads per "
-            f"side, {results['dtype']}, device {results['device']}. Versions: " + ", ".join(
+            f"side, device {results['device']}. Versions: " + ", ".join(
                 f"{name} {version}" for name, version in results["versions"].items()) + ".", "",
-            "A ratio is our time / their time: below 1, ours is faster.", ""]
+            "A ratio is our time / their time: below 1, ours is faster.", "", *_quiet(results),
+            *(line for title, reason in results.get("left_out", {}).items()
+              for line in (f"Left out: {title} ({reason}).", ""))]
+
+
+def _quiet(results: dict) -> list[str]:
+    """What the watch of quiet.py dropped; a result from before it has none."""
+    found = results.get("quiet")
+    if not found:
+        return []
+    return [f"{found['kept']} rounds count; {found['dropped']} were dropped and measured again, "
+            f"because other programs took more than {found['limit']:.0%} of the processors during "
+            "the turn of a side.", ""]
 
 
 def write(name: str, results: dict, lines: list[str], picture: bytes | None = None) -> None:

@@ -12,7 +12,7 @@ class Side(TorchSide):
     packages = ("torch", "transformers", "loralib")
 
     def load(self, card: str, base: str, lora: str | None, r: int, alpha: int,
-             lora_dropout: float = 0.0) -> None:
+             lora_dropout: float = 0.0, precision: str = "float32") -> None:
         self.model = self.optimizer = self.schedule = None
         model = torch_model.build(card, r, alpha, lora_dropout)
         torch_model.load_weights(model, base)

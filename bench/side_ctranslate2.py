@@ -1,4 +1,4 @@
-"""CTranslate2 in float32 as a side of bench_beam.py; side_transformers.py converts the model."""
+"""CTranslate2 as a side of bench_beam.py; side_transformers.py converts the model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class Side:
         self.device, self.threads = device, len(os.sched_getaffinity(0))
         return {"versions": {"ctranslate2": ctranslate2.__version__}, "threads": self.threads}
 
-    def load(self, folder: str) -> None:
-        self.generator = ctranslate2.Generator(folder, device=self.device, compute_type="float32",
-                                               inter_threads=1, intra_threads=self.threads)
+    def load(self, folder: str, precision: str) -> None:
+        """``folder`` has float32; CTranslate2 converts or quantises it as it loads."""
+        self.generator = ctranslate2.Generator(
+            folder, device=self.device, inter_threads=1, intra_threads=self.threads,
+            compute_type={"bf16": "bfloat16"}.get(precision, precision))
 
     def search(self, queries: list[list[int]], batch_size: int, beam: int, eval_len: int,
                length_penalty: float, no_repeat_ngram_size: int, eos: list[int]) -> dict:

@@ -8,7 +8,6 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -25,12 +24,14 @@ class Side:
                 "threads": len(os.sched_getaffinity(0))}
 
     def load(self, card: str, base: str, lora: str | None, r: int, alpha: int,
-             lora_dropout: float = 0.0) -> None:
+             lora_dropout: float = 0.0, precision: str = "float32") -> None:
         import jittor as jt
 
         import checkpoint
         from model import GPT2LMModel
 
+        # Of the frozen weights' products. float32 is what the functions below do without it.
+        self.precision = {} if precision == "float32" else {"precision": precision}
         self.model = self.trainer = self.generator = None
         jt.gc()
         self.model = GPT2LMModel(MODEL_CARDS[card], LoRAConfig(r, alpha, lora_dropout))
@@ -44,7 +45,7 @@ class Side:
         from optimizer import AdamW, make_schedule
         from trainer import Trainer, TrainOptions, joined_batches
 
-        lora.mark_only_lora_as_trainable(self.model)
+        lora.mark_only_lora_as_trainable(self.model, **self.precision)
         trained = lora.lora_state_dict(self.model)
         self.generator = None  # it has a copy of the weights before training
         samples = FTDataset(data, batch_size, seq_len)
@@ -78,35 +79,12 @@ class Side:
                               no_repeat_ngram_size=no_repeat_ngram_size,
                               eos_token_ids=frozenset(eos))
         if self.generator is None:
-            self.generator = Generator(self.model)
+            self.generator = Generator(self.model, **self.precision)
             _synchronize()
         started = time.perf_counter()
         ids = predict(self.generator, [tuple(query) for query in queries], options, batch_size)
         took = time.perf_counter() - started
         return {"seconds": took, "ids": [found + [0] * (eval_len - len(found)) for found in ids]}
-
-    def matmul(self, shapes: list[tuple[int, int, int]], repeats: int) -> list[list[float]]:
-        """Milliseconds of each repeat of each (m, k) x (k, n) product, of the faster function."""
-        import jittor as jt
-
-        import ops
-
-        times = []
-        for m, k, n in shapes:
-            a, b = jt.rand(m, k), jt.rand(k, n)
-            jt.sync([a, b])
-            _synchronize()
-            products = []
-            for multiply in (jt.matmul, ops.linear):
-                products.append([])
-                for _ in range(repeats + 1):
-                    started = time.perf_counter()
-                    multiply(a, b).sync()
-                    _synchronize()
-                    products[-1].append((time.perf_counter() - started) * 1000)
-                del products[-1][0]
-            times.append(min(products, key=median))
-        return times
 
 
 def _synchronize() -> None:

@@ -2,12 +2,12 @@
 
 The settings are for speed: PyTorch's fused attention, and batches padded to their longest sample.
 Padding on the right needs no attention mask, which would make fused attention slower. LoRA is
-peft's, on the whole of c_attn; the loss is transformers' own (no label smoothing).
+peft's, on the whole of c_attn; the loss is transformers' own (no label smoothing). bf16 is
+PyTorch's autocast.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -17,15 +17,16 @@ import torch
 import transformers
 
 from serving import serve
-from torch_side import TorchSide, batches, torch_model
+from torch_side import TorchSide, batches, merged
 
 
 class Side(TorchSide):
     packages = ("torch", "transformers", "peft")
 
     def load(self, card: str, base: str, lora: str | None, r: int, alpha: int,
-             lora_dropout: float = 0.0) -> None:
+             lora_dropout: float = 0.0, precision: str = "float32") -> None:
         """Merges LoRA into the base; without ``lora``, the file ``base`` has both."""
+        self.autocast = precision == "bf16"
         self.optimizer = None
         self.model = merged(card, base, lora, r, alpha).to(self.device).eval()
         self.lora = peft.LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha,
@@ -51,8 +52,9 @@ class Side(TorchSide):
         # transformers shifts the labels itself: a label has the position of its own token.
         labels = torch.full_like(batch["input"], -100)
         labels[:, 1:] = batch["target"].where(mask, -100)[:, :-1]
-        loss = self.model(input_ids=input_ids, labels=labels[:, :width].to(self.device),
-                          use_cache=False).loss
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.model(input_ids=input_ids, labels=labels[:, :width].to(self.device),
+                              use_cache=False).loss
         (loss / self.grad_acc).backward()
         self.step += 1
         if self.step % self.grad_acc == 0:
@@ -77,49 +79,25 @@ class Side(TorchSide):
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "ids": [ids + [0] * (eval_len - len(ids)) for ids in found]}
 
-    def convert(self, folder: str) -> None:
-        """Writes the loaded model to ``folder`` in CTranslate2's format, in float32.
+    def convert(self, folder: str, **model) -> None:
+        """Writes the model to ``folder`` in CTranslate2's format, in float32, LoRA merged.
 
         The text of each token is its id, because side_ctranslate2.py passes and returns ids.
         """
         import tokenizers
         from ctranslate2.converters import TransformersConverter
 
-        size = self.model.config.vocab_size
+        whole = merged(**model)
+        size = whole.config.vocab_size
         words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
             {str(token): token for token in range(size)}, unk_token=str(size - 1)))
         end = str(size - 1)  # <|endoftext|>, which GPT-2 uses for all three
         with tempfile.TemporaryDirectory(dir=Path(folder).parent) as published:
-            self.model.save_pretrained(published)
+            whole.save_pretrained(published)
             transformers.PreTrainedTokenizerFast(
                 tokenizer_object=words, bos_token=end, eos_token=end,
                 unk_token=end).save_pretrained(published)
-            fresh = Path(published, "converted")
-            TransformersConverter(published).convert(str(fresh))
-            shutil.rmtree(folder, ignore_errors=True)
-            fresh.rename(folder)
-
-
-def merged(card: str, base: str, lora: str | None, r: int, alpha: int):
-    """A plain GPT2LMHeadModel whose weight W + B A alpha / r replaces W and LoRA."""
-    whole = torch_model.build(card, r, alpha)
-    torch_model.load_weights(whole, base)
-    if lora:
-        torch_model.load_lora(whole, lora)
-    weights = whole.state_dict()
-    width = whole.config.n_embd
-    for layer in range(whole.config.n_layer if r else 0):
-        name = f"transformer.h.{layer}.attn.c_attn."
-        weight = weights[name + "weight"]  # (C, 3 C)
-        a, b = weights.pop(name + "lora_A"), weights.pop(name + "lora_B")  # (2 r, C), (2 C, r)
-        for half, columns in enumerate((slice(0, width), slice(2 * width, 3 * width))):
-            product = b[half * width:(half + 1) * width] @ a[half * r:(half + 1) * r]
-            weight[:, columns] += product.T * (alpha / r)
-    config = transformers.GPT2Config(**torch_model.CARDS[card], resid_pdrop=0.0, embd_pdrop=0.0,
-                                     attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
-    model = transformers.GPT2LMHeadModel(config)
-    model.load_state_dict(weights)
-    return model
+            TransformersConverter(published).convert(folder)
 
 
 if __name__ == "__main__":

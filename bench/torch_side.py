@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1] / "align"))
 
 import torch  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import torch_beam  # noqa: E402
 import torch_data  # noqa: E402
@@ -18,7 +19,8 @@ import torch_model  # noqa: E402
 import torch_optim  # noqa: E402
 import torch_train  # noqa: E402
 
-__all__ = ["TorchSide", "batches", "torch_beam", "torch_model", "torch_optim", "torch_train"]
+__all__ = ["TorchSide", "batches", "merged", "torch_beam", "torch_model", "torch_optim",
+           "torch_train"]
 
 
 class TorchSide:
@@ -50,23 +52,6 @@ class TorchSide:
             times.append((time.perf_counter() - started) * 1000)
         return {"ms": times, "loss": losses}
 
-    @torch.no_grad()
-    def matmul(self, shapes: list[tuple[int, int, int]], repeats: int) -> list[list[float]]:
-        """Milliseconds of each repeat of each (m, k) x (k, n) product."""
-        times = []
-        for m, k, n in shapes:
-            a = torch.rand(m, k, device=self.device)
-            b = torch.rand(k, n, device=self.device)
-            times.append([])
-            for _ in range(repeats + 1):
-                self.synchronize()
-                started = time.perf_counter()
-                torch.mm(a, b)
-                self.synchronize()
-                times[-1].append((time.perf_counter() - started) * 1000)
-            del times[-1][0]
-        return times
-
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -77,3 +62,25 @@ def batches(data: str, batch_size: int, seq_len: int, seed: int):
     samples = torch_data.FTDataset(torch_data.read_samples(data), batch_size, seq_len)
     loader = torch_data.make_loader(samples, seed, drop_last=True)
     return (batch for _, _, batch in torch_train.micro_batches(loader, sys.maxsize))
+
+
+def merged(card: str, base: str, lora: str | None, r: int, alpha: int):
+    """A plain GPT2LMHeadModel whose weight W + B A alpha / r replaces W and LoRA."""
+    whole = torch_model.build(card, r, alpha)
+    torch_model.load_weights(whole, base)
+    if lora:
+        torch_model.load_lora(whole, lora)
+    weights = whole.state_dict()
+    width = whole.config.n_embd
+    for layer in range(whole.config.n_layer if r else 0):
+        name = f"transformer.h.{layer}.attn.c_attn."
+        weight = weights[name + "weight"]  # (C, 3 C)
+        a, b = weights.pop(name + "lora_A"), weights.pop(name + "lora_B")  # (2 r, C), (2 C, r)
+        for half, columns in enumerate((slice(0, width), slice(2 * width, 3 * width))):
+            product = b[half * width:(half + 1) * width] @ a[half * r:(half + 1) * r]
+            weight[:, columns] += product.T * (alpha / r)
+    config = GPT2Config(**torch_model.CARDS[card], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                        bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(config)
+    model.load_state_dict(weights)
+    return model

@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 
+from quiet import TRIES, Watch
 from shared import ROOT, InputError
 
 # OpenMP's threads may busy-wait for 0.2 s after their work, which would slow the next side down.
@@ -60,16 +62,31 @@ class Worker:
         return answer["value"]
 
 
-def in_turns(sides: Iterable[str], rounds: int,
-             ask: Callable[[str, int], object]) -> Iterator[dict]:
+def in_turns(sides: Iterable[str], rounds: int, ask: Callable[[str, int], object],
+             watch: Watch | None = None) -> Iterator[dict]:
     """Asks every side once in each round, in a new random order.
 
-    Calls ``ask(side, round)``; the first round is 0. Yields the answers of each round by side.
+    Calls ``ask(side, round)``; the first round is 0. Yields the answers of each round by side. With
+    ``watch``, a round that other work disturbed is dropped and asked again, until all are quiet or
+    TRIES times as many have been measured. Raises InputError if not one was quiet.
     """
     draw, sides = random.Random(0), list(sides)
-    for number in range(rounds):
+    number = 0
+    for _ in range(rounds * (TRIES if watch else 1)):
         answers = {}
+        if watch:
+            watch.start_round()
         for side in draw.sample(sides, len(sides)):
             time.sleep(PAUSE)
-            answers[side] = ask(side, number)
+            with watch.turn(side) if watch else nullcontext():
+                answers[side] = ask(side, number)
+        if watch and not watch.end_round():
+            continue
         yield answers
+        number += 1
+        if number == rounds:
+            return
+    if rounds and number == 0:
+        raise InputError(f"other programs disturbed all {len(watch.rounds)} rounds: they took up "
+                         f"to {max(watch.rounds):.0%} of the processors; end them, or allow more "
+                         "with --quiet SHARE")

@@ -317,7 +317,7 @@ def test_beam_attention(ops, jittor, query_len, rows):
 
 
 # Sizes with and without a remainder in gemm.h: tiles have 6 or 12 rows, panels 16 or 32 columns,
-# weight blocks 256 or 128 rows (1,024 if packed), blocks of x 128 rows (96 for packed weights).
+# weight blocks 256 or 128 rows (256 if packed), blocks of x 128 rows (96 for packed weights).
 @pytest.mark.parametrize("rows, n_in, n_out", [
     (1, 1, 1), (5, 3, 16), (7, 256, 33), (13, 300, 20), (130, 40, 70), (3, 1100, 50),
     (200, 1100, 330)])
@@ -337,6 +337,34 @@ def test_linear(ops, jittor, agree, rows, n_in, n_out, transposed):
     plain = ops.linear(x, weight, bias, residual, transposed).numpy()
     close(ops.linear(x, packed).numpy(), exact, 2e-5)
     close(ops.linear(x, packed, bias, residual).numpy(), plain, 2e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-6), ("bf16", 1e-2)])
+def test_packed_weight(ops, jittor, precision, tolerance, transposed):
+    """Gradients, columns and the array of a packed weight beside those of the weight itself."""
+    random = np.random.default_rng(1)
+    numbers = random.normal(size=(70, 90) if transposed else (90, 70)).astype(np.float32)
+    x, bias, residual, upstream = (
+        jittor.array(random.normal(size=shape).astype(np.float32))
+        for shape in ((40, 90), (70,), (40, 70), (40, 70)))
+    weight = jittor.array(numbers)
+    packed = ops.pack_weight(weight, transposed, precision)
+    results = []
+    for matrix in (weight, packed):
+        y = ops.linear(x, matrix, bias, residual, transposed)
+        results.append(jittor.grad((y * upstream).sum(), [x, bias, residual]))
+    for plain, ours in zip(*results):
+        close(ours.numpy(), plain.numpy(), tolerance)
+    array = np.asarray(packed)
+    assert packed.shape == array.shape == numbers.shape and packed.size == numbers.size
+    columns = array if transposed else array.T
+    assert np.array_equal(ops.packed_columns(packed, jittor.array([3, 69, 3])).numpy(),
+                          columns[[3, 69, 3]])
+    if precision == "float32":
+        assert np.array_equal(array, numbers)
+    else:
+        assert np.abs(array / numbers - 1).max() <= 2 ** -8  # half of bfloat16's last place
 
 
 @pytest.mark.parametrize("packed", [False, True])

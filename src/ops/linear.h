@@ -1,6 +1,8 @@
 // Linear layers. y, residual, dy: (rows, n_out); x, dx: (rows, n_in); bias: (n_out); bias and
 // residual may be nullptr. weight: (n_in, n_out), its transpose or packed, see gemm::Layout.
 
+#include <type_traits>
+
 #include "gemm.h"
 
 // The rows of x in words, zero beyond n_in. There is memory for as many rows as fill tile registers.
@@ -31,22 +33,21 @@ static const int32_t* words_of_rows(
 }
 #endif
 
-// Integers from 1 to 255: x / scale + 128, four in a word or, of Int16, two.
+// Integers from 1 to 255: x / scale + 128.
 template <class Integers>
 static const int32_t* words_of_rows(Integers, const float* x, int rows, int n_in, float* scales) {
-    const int words = gemm::words_of<4>(n_in) * 4 / Integers::GROUP, bits = 32 / Integers::GROUP;
+    typedef typename std::conditional<Integers::GROUP == 4, uint8_t, uint16_t>::type Number;
+    const int words = gemm::words_of<4>(n_in) * 4 / Integers::GROUP;
     int32_t* to = row_words(rows, words);
     #pragma omp parallel for
     for (int m = 0; m < rows; m++) {
         const float* from = x + (int64_t)m * n_in;
-        int32_t* row = to + (int64_t)m * words;
+        Number* row = (Number*)(to + (int64_t)m * words);
         float high = 0;
         for (int k = 0; k < n_in; k++) high = std::max(high, std::abs(from[k]));
-        scales[m] = gemm::scale_of(high);
-        std::fill_n(row, words, 0);
-        for (int k = 0; k < n_in; k++)
-            row[k / Integers::GROUP] |=
-                    (gemm::quantised(from[k], scales[m]) + 128) << k % Integers::GROUP * bits;
+        const float scale = scales[m] = gemm::scale_of(high);
+        for (int k = 0; k < n_in; k++) row[k] = gemm::quantised(from[k], scale) + 128;
+        std::fill(row + n_in, row + words * Integers::GROUP, 0);
     }
     return to;
 }

@@ -191,7 +191,9 @@ class GPT2LMModel(nn.Module):
         part = np.searchsorted(starts, rows, side="right") - 1  # (M,), the batch of each row
         weights = (part == np.arange(parts)[:, None]) * counted[rows]  # (parts, M)
         divisors = mask.reshape((parts, -1)).sum(axis=1) + 0.0001  # (parts,)
-        return (losses * float32(weights)).sum(dim=1) / float32(divisors)
+        # Jittor adds up one by one, which in float32 would lose digits.
+        sums = (losses * float32(weights)).float64().sum(dim=1)  # (parts,)
+        return (sums / float32(divisors).float64()).float32()
 
     def completion_losses(self, samples: Sequence[Sample]) -> np.ndarray:
         """The summed cross entropy of each of B samples' completions, (B,) float64 in nats.

@@ -126,3 +126,20 @@ def test_parameter_names_are_those_of_transformers(small_model, torch_side):
     weights = weights_of(small_model())
     assert "transformer.h.1.attn.c_attn.lora_B" in weights
     torch_side("logits", {**weights, "input_ids": np.zeros((1, 1))}, **model_options(3))
+
+
+def test_the_mean_loss_of_many_tokens(jittor, small_model, monkeypatch):
+    """As exact as float32 allows, however many losses are added up."""
+    import ops
+
+    seen, original = [], ops.cross_entropy
+
+    def cross_entropy(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(ops, "cross_entropy", cross_entropy)
+    ids = np.random.default_rng(8).integers(61, size=(100, 40))
+    loss = small_model(seed=8).loss(ids, np.roll(ids, -1, axis=1), np.ones(ids.shape))
+    truth = np.float64(seen[0].numpy()).sum() / (ids.size + 0.0001)
+    assert abs(loss.numpy() - truth) <= 1.2e-7 * truth

@@ -12,7 +12,8 @@ template <int D>
 __global__ static void causal_attention(float* y, float* log_sums, const float* qkv,
         const int* starts, const int* prefixes, int tokens, int heads, int sequences) {
     const int i = blockIdx.x, h = blockIdx.y, C = heads * D;
-    const int b = sequence_of(i, starts), first = starts[b], before = prefixes ? prefixes[2 * b] : 0;
+    const int b = sequence_of(i, starts), first = starts[b];
+    const int before = prefixes ? prefixes[2 * b] : 0;
     const int seen = prefixes ? prefixes[2 * b + 1] - before : 0;
     const float* queries = qkv + h * D;
     const auto key = [=](int j) {
@@ -20,7 +21,7 @@ __global__ static void causal_attention(float* y, float* log_sums, const float* 
         return queries + (token * 3 + 1) * C;
     };
     const float lse = attend(y + (int64_t)i * C + h * D, queries + (int64_t)i * 3 * C, key,
-                             seen + i - first + 1, C, D);
+            seen + i - first + 1, C, D);
     if (threadIdx.x == 0) log_sums[(int64_t)i * heads + h] = lse;
 }
 

@@ -1,8 +1,8 @@
 // Causal self-attention over whole sequences, and its gradient.
 // qkv, dqkv: (tokens, 3, heads, D), the query, key and value of each token; starts:
-// (sequences + 1), the first token of each sequence, then tokens; prefixes: (sequences, 2), the first
-// and the last-plus-one of the other tokens that a sequence sees before its own, or nullptr; y, dy:
-// (tokens, heads, D); log_sums: (tokens, heads), the log of the sum of exp(scores).
+// (sequences + 1), the first token of each sequence, then tokens; prefixes: (sequences, 2), the
+// first and the last-plus-one of the other tokens that a sequence sees before its own, or nullptr;
+// y, dy: (tokens, heads, D); log_sums: (tokens, heads), the log of the sum of exp(scores).
 
 #include <cstdint>
 #include <vector>
@@ -99,7 +99,8 @@ static void grad_causal_attention(float* dqkv, const float* qkv, const int* star
         for (int h = 0; h < heads; h++) {
             const int64_t first = starts[b];
             Head<D> head(starts[b + 1] - first, DV + 1);
-            for (int i = Q; i <= V; i++) head.read(i, qkv + (first * 3 + i) * C + h * D, 3 * C, 0, head.T);
+            for (int i = Q; i <= V; i++)
+                head.read(i, qkv + (first * 3 + i) * C + h * D, 3 * C, 0, head.T);
             head.read(Y, y + first * C + h * D, C, 0, head.T);
             head.read(DY, dy + first * C + h * D, C, 0, head.T);
             differentiate(head, log_sums + first * heads + h, heads);

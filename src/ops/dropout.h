@@ -1,5 +1,5 @@
-// Dropout. y, x: (rows, columns); starts, seeds: (parts), the first row of each part and the seed of
-// its mask; starts[0] is 0. On a GPU, one block computes one row.
+// Dropout. y, x: (rows, columns); starts, seeds: (parts), the first row of each part and the seed
+// of its mask; starts[0] is 0. On a GPU, one block computes one row.
 
 #include "device.h"
 

@@ -30,7 +30,9 @@ class Side:
         whole = merged(**model)
         sizes = {name: getattr(whole.config, name) for name in ("vocab_size", "n_layer", "n_head")}
         width = whole.config.n_embd // whole.config.n_head
-        past = [torch.zeros(2, whole.config.n_head, 4, width)] * (2 * whole.config.n_layer)
+        # A tensor each: the trace would take equal ones for one input.
+        past = [torch.zeros(2, whole.config.n_head, 4, width)
+                for _ in range(2 * whole.config.n_layer)]
         example = (torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.ones(2, 7, dtype=torch.long),
                    torch.arange(4, 7).expand(2, 3), torch.tensor([0, 1]), *past)
         for name, kind in (("float32", Linear), ("int8", QuantizedLinear)):

@@ -37,18 +37,19 @@ def random_model(card: str) -> dict:
 
 
 def trained_model(card: str, path: Path) -> dict:
-    """The same for a checkpoint with base and LoRA, such as the last one of src/gpt2_ft.py."""
+    """The same for a whole checkpoint: the last one of src/gpt2_ft.py, or a base without LoRA."""
     try:
         state = torch_file.load(path)["model_state_dict"]
-        a = state["transformer.h.0.attn.c_attn.lora_A"]
+        width = state["transformer.wte.weight"].shape[1]
     except (OSError, torch_file.TorchFileError, TypeError, KeyError):
-        raise InputError(f"{path}: not a checkpoint with LoRA; give the last model.STEP.pt of "
+        raise InputError(f"{path}: not a whole checkpoint; give the last model.STEP.pt of "
                          "src/gpt2_ft.py") from None
-    if a.shape[1] != MODEL_CARDS[card].n_embd:
-        raise InputError(f"{path}: n_embd is {a.shape[1]}, but {MODEL_CARDS[card].n_embd} in "
-                         f"{card}; give the --card that was trained")
-    return {"card": card, "base": str(path), "lora": None, "r": a.shape[0] // 2,
-            "alpha": LORA["alpha"]}
+    if width != MODEL_CARDS[card].n_embd:
+        raise InputError(f"{path}: n_embd is {width}, but {MODEL_CARDS[card].n_embd} in {card}; "
+                         "give the --card that was trained")
+    a = state.get("transformer.h.0.attn.c_attn.lora_A")  # (2 r, C)
+    return {"card": card, "base": str(path), "lora": None,
+            "r": 0 if a is None else a.shape[0] // 2, "alpha": LORA["alpha"]}
 
 
 def converted(model: dict, form: str, script: str) -> str:

@@ -14,8 +14,8 @@
 #   folders   DATA WORK_DIR
 #   training  EPOCHS BATCH_SIZE GRAD_ACC SEQ_LEN LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY
 #             LABEL_SMOOTH CORRECT_BIAS (yes, no) LOG_INTERVAL EVAL_INTERVAL SEED BASE_STEPS
-#   search    BEAM_BATCH_SIZE EVAL_LEN
-#   the rest  PRESET DEVICE (auto, cpu, cuda) RESUME (auto, yes, no) NPROC MPI_FLAGS
+#   search    BEAM_BATCH_SIZE BEAM_PRECISION (float32, bf16, int8) EVAL_LEN
+#   the rest  PRESET PRECISION (float32, bf16) DEVICE (auto, cpu, cuda) RESUME (auto, yes, no) NPROC MPI_FLAGS
 #
 # Training and beam search that broke off go on where they stopped, and are not repeated once they
 # have ended; RESUME=no repeats them. Only one run at a time can use a work dir.
@@ -80,6 +80,8 @@ check 'gpt2\.(nano|sm|md|lg)|auto' "gpt2.nano, gpt2.sm, gpt2.md, gpt2.lg or auto
 check '[1-9][0-9]{0,8}' "a whole number from 1 on" NPROC EPOCHS BATCH_SIZE GRAD_ACC LOG_INTERVAL \
     EVAL_INTERVAL BEAM_BATCH_SIZE BASE_STEPS SEQ_LEN EVAL_LEN
 check 'yes|no' "yes or no" CORRECT_BIAS
+check 'float32|bf16' "float32 or bf16" PRECISION
+check 'float32|bf16|int8' "float32, bf16 or int8" BEAM_PRECISION
 check '[0-9]{1,10}' "a whole number from 0 on" WARMUP_STEPS SEED LORA_DIM
 check '[0-9]{1,10}(\.[0-9]+)?' "a number from 0 on" LORA_ALPHA
 check '([0-9]+\.?|[0-9]*\.[0-9]+)([eE][-+]?[0-9]{1,2})?' "a number such as 0.0002" \
@@ -142,7 +144,8 @@ fine_tune() {  # BASE_CHECKPOINT
     override MODEL_CARD=model_card EPOCHS=max_epoch BATCH_SIZE=train_batch_size GRAD_ACC=grad_acc \
         LEARNING_RATE=lr WARMUP_STEPS=warmup_step LORA_DIM=lora_dim LORA_ALPHA=lora_alpha \
         LOG_INTERVAL=log_interval EVAL_INTERVAL=eval_interval SEED=random_seed SEQ_LEN=seq_len \
-        WEIGHT_DECAY=weight_decay LORA_DROPOUT=lora_dropout LABEL_SMOOTH=label_smooth
+        WEIGHT_DECAY=weight_decay LORA_DROPOUT=lora_dropout LABEL_SMOOTH=label_smooth \
+        PRECISION=precision
     launch src/gpt2_ft.py "${flags[@]}" "${overrides[@]}" "${bias[@]}" \
         --train_data "$DATA/train.jsonl" \
         --valid_data "$DATA/valid.jsonl" \
@@ -154,7 +157,8 @@ fine_tune() {  # BASE_CHECKPOINT
 
 generate() {  # CHECKPOINT OUTPUT_FILE FLAG...
     override MODEL_CARD=model_card BEAM_BATCH_SIZE=batch_size LORA_DIM=lora_dim \
-        LORA_ALPHA=lora_alpha SEQ_LEN=seq_len EVAL_LEN=eval_len
+        LORA_ALPHA=lora_alpha SEQ_LEN=seq_len EVAL_LEN=eval_len \
+        PRECISION=precision BEAM_PRECISION=precision  # the last one counts
     launch src/gpt2_beam.py "${flags[@]}" "${overrides[@]}" \
         --data "$DATA/test.jsonl" \
         --init_checkpoint "$1" \

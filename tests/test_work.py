@@ -360,6 +360,24 @@ def test_flag_file_that_validates_more_often_decides(clone):
     assert "--eval_interval" not in clone.called("gpt2_ft")[0]
 
 
+@pytest.mark.parametrize("words", [[], ["demo"]])
+@pytest.mark.parametrize("variables, training, search", [
+    ({}, None, None), ({"PRECISION": "bf16"}, "bf16", "bf16"),
+    ({"BEAM_PRECISION": "int8"}, None, "int8"),
+    ({"PRECISION": "bf16", "BEAM_PRECISION": "float32"}, "bf16", "float32"),
+])
+def test_precision(clone, words, variables, training, search):
+    done = clone.run(*words, **variables)
+    assert done.returncode == 0, done.stderr
+    *pretraining, lora = clone.called("gpt2_ft")
+    searches = clone.called("gpt2_beam")
+    for called, wanted in ([(flags, None) for flags in pretraining] + [(lora, training)]
+                           + [(flags, search) for flags in searches]):
+        given = [value for flag, value in zip(called, called[1:]) if flag == "--precision"]
+        assert (given[-1] if given else None) == wanted  # of a flag given twice, the last one
+    assert len(pretraining) == len(words) and len(searches) == 1 + len(words)
+
+
 @pytest.mark.parametrize("files, variables, chosen", [
     ([], {"STEPS": "9 1000 999"}, 1000),
     (["model.best.pt", "model.12.pt.old", "model.x13.pt", "model.3.pt"], {"STEPS": "9 10"}, 10),
@@ -502,6 +520,7 @@ def test_create_datasets_in_a_folder_of_the_user(clone):
     *(([], {name: "x"}) for name in ("SEQ_LEN", "EVAL_LEN", "WEIGHT_DECAY", "LORA_DROPOUT",
                                      "LABEL_SMOOTH")),
     *(([], {"NPROC": value}) for value in ("abc", "0", "-1", "1.5", "2 3", "a[$(touch ran)]")),
+    ([], {"PRECISION": "int8"}), (["demo"], {"BEAM_PRECISION": "fp16"}),
     ([], {"RESUME": "maybe"}), ([], {"RESUME": "YES"}), ([], {"DEVICE": "tpu"}),
     (["demo"], {"DEVICE": "gpu"}), ([], {"MODEL_CARD": "gpt2"}),
     *((["demo"], {name: value}) for name in ("EPOCHS", "BATCH_SIZE", "BEAM_BATCH_SIZE",

@@ -15,7 +15,8 @@
 #   training  EPOCHS BATCH_SIZE GRAD_ACC SEQ_LEN LEARNING_RATE WARMUP_STEPS WEIGHT_DECAY
 #             LABEL_SMOOTH CORRECT_BIAS (yes, no) LOG_INTERVAL EVAL_INTERVAL SEED BASE_STEPS
 #   search    BEAM_BATCH_SIZE BEAM_PRECISION (float32, bf16, int8) EVAL_LEN
-#   the rest  PRESET PRECISION (float32, bf16) DEVICE (auto, cpu, cuda) RESUME (auto, yes, no) NPROC MPI_FLAGS
+#   the rest  PRESET PRECISION (float32, bf16) DEVICE (auto, cpu, cuda) RESUME (auto, yes, no)
+#             NPROC MPI_FLAGS
 #
 # Training and beam search that broke off go on where they stopped, and are not repeated once they
 # have ended; RESUME=no repeats them. Only one run at a time can use a work dir.

@@ -96,7 +96,7 @@ def settings_of(args: argparse.Namespace, free: Collection[str], files: Collecti
     return {name: digest(Path(value)) if name in files and value
             and (Path(value).is_file() or Path(value).is_dir())
             else value for name, value in vars(args).items()
-            if name not in free and LATER_FLAGS.get(name) != value}
+            if name not in free and (name, value) not in LATER_FLAGS.items()}
 
 
 def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:

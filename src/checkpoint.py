@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jittor as jt
 import numpy as np
@@ -127,5 +128,5 @@ def save_lora(model: GPT2LMModel, path: str | os.PathLike, about: str | None = N
     _save(path, state, about)
 
 
-def _save(path: str | os.PathLike, state: dict[str, np.ndarray], about: str | None) -> None:
+def _save(path: str | os.PathLike, state: dict[str, Any], about: str | None) -> None:
     torch_file.save(path, {"model_state_dict": state, **({"about": about} if about else {})})

@@ -17,6 +17,7 @@ from config import GPT2Config, LoRAConfig
 from runtime import backend, memory, processes
 from runtime.errors import InputError
 from runtime.flags import (
+    LATER_FLAGS,
     ArgumentParser,
     add_device_flag,
     add_resume_flag,
@@ -169,7 +170,8 @@ def state_to_resume(args: argparse.Namespace, settings: dict[str, object]):
         log(f"resuming after step {step}, from {state.path}")
         return state
     difference = (f"another --{name}" if name in FILE_FLAGS else
-                  f"--{name} {state.settings.get(name)}, not {settings.get(name)}")
+                  f"--{name} {state.settings.get(name, LATER_FLAGS.get(name))}, not "
+                  f"{settings.get(name, LATER_FLAGS.get(name))}")
     if args.resume == "auto":
         log(f"{state.path}: of a run with {difference}; starting from the beginning")
         return None

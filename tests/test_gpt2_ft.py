@@ -145,8 +145,8 @@ def test_metrics_have_a_row_a_micro_batch(trained):
 def test_checkpoints(trained, base):
     _, folder = trained
     assert sorted(path.name for path in folder.iterdir()) == [
-        "finished.json", "loss.png", "metrics.csv", "model.10.pt", "model.12.pt", "model.5.pt",
-        "model.best.pt", "train.log"]
+        ".training", "finished.json", "loss.png", "metrics.csv", "model.10.pt", "model.12.pt",
+        "model.5.pt", "model.best.pt", "train.log"]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     first, last, frozen = (weights(path) for path in
                            (folder / "model.5.pt", folder / "model.12.pt", base))

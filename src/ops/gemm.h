@@ -92,7 +92,8 @@ static inline void transpose(const float* from, int64_t ld, int rows, int column
                 continue;
             }
             for (int r = i; r < std::min(rows, i + 8); r++)
-                for (int c = j; c < std::min(columns, j + 8); c++) to[c * ld_to + r] = from[r * ld + c];
+                for (int c = j; c < std::min(columns, j + 8); c++)
+                    to[c * ld_to + r] = from[r * ld + c];
         }
 }
 
@@ -153,9 +154,9 @@ struct Next {
     const float* at(int64_t word) const { return (const float*)start + word; }
 };
 
-// c (M, NR) += a (M, K) b (K, NR) in words, or c = a b if `fresh`; if `half`, only the first W columns
-// of c. The rows are divided evenly among the tiles: 46 rows are 6 tiles of 6 and 2 of 5, not 7 of 6
-// and one of 4. Prefetches what is next.
+// c (M, NR) += a (M, K) b (K, NR) in words, or c = a b if `fresh`; if `half`, only the first W
+// columns of c. The rows are divided evenly among the tiles: 46 rows are 6 tiles of 6 and 2 of 5,
+// not 7 of 6 and one of 4. Prefetches what is next.
 template <class T>
 static void tiles(int M, Rows<typename T::Word> a, int panels, const typename T::Word* b, float* c,
         int64_t ldc, bool half, bool fresh, Next next) {
@@ -164,7 +165,8 @@ static void tiles(int M, Rows<typename T::Word> a, int panels, const typename T:
     for (int t = 0, m = 0, end, l = 0; t < count; t++, m = end) {
         end = (int64_t)M * (t + 1) / count;
         for (; !whole && l < (int64_t)next.lines * (t + 1) / count; l++)
-            for (int i = 0; i < next.line; i += 16) __builtin_prefetch(next.at(l * next.stride + i));
+            for (int i = 0; i < next.line; i += 16)
+                __builtin_prefetch(next.at(l * next.stride + i));
         const float* ahead = whole ? next.at((int64_t)t * next.line / count) : (const float*)b;
         const int pace = whole ? next.line / count / K : 0;
         if (half)
@@ -267,8 +269,8 @@ static void multiply(int M, int N, int K, const typename Form<layout>::T::Word* 
     }
 }
 
-// C (M, K) = A (M, N) B^T, B packed as floats or bfloat16s: C^T (K, M) = B A^T, where B has the part
-// that A has in multiply(), and A^T that of B.
+// C (M, K) = A (M, N) B^T, B packed as floats or bfloat16s: C^T (K, M) = B A^T, where B has the
+// part that A has in multiply(), and A^T that of B.
 template <Layout layout>
 static void multiply_transposed(int M, int N, int K, const float* A,
         const typename Form<layout>::Stored* B, float* C) {
@@ -335,8 +337,8 @@ static void multiply_transposed(int M, int N, int K, const float* A,
                                 panel == 0, next(part));
                 }
                 for (int part = 0; part < parts; part++)
-                    transpose(sums.data() + part * RANGE * NR, NR, rows, std::min(NR, m - part * NR),
-                            C + (int64_t)part * NR * K + k, K);
+                    transpose(sums.data() + part * RANGE * NR, NR, rows,
+                            std::min(NR, m - part * NR), C + (int64_t)part * NR * K + k, K);
             }
             if (registers) TileRegisters::end();
         }
@@ -350,8 +352,8 @@ static inline int32_t quantised(float x, float scale) {
 // What the largest of these absolute values is divided by to give 127.
 static inline float scale_of(float high) { return high > 0 ? high / 127 : 1; }
 
-// A panel (K, NR) in words. Of bytes also the columns' scales, by which the numbers were divided, and
-// the sums of the columns.
+// A panel (K, NR) in words. Of bytes also the columns' scales, by which the numbers were divided,
+// and the sums of the columns.
 static inline void encode(Form<PACKED>, const float* from, int K, float* to, float*, int32_t*) {
     std::copy_n(from, (int64_t)K * NR, to);
 }
@@ -378,8 +380,8 @@ static inline void encode(Form<PACKED_INT8>, const float* from, int K, int32_t* 
 }
 
 // B in a packed layout, from ROWS or COLUMNS; `to` holds as many words as N, rounded up to a
-// multiple of NR, times words_of(K). Bytes are followed by the scales of the columns and the sums of
-// the columns, each as many as N, rounded up likewise.
+// multiple of NR, times words_of(K). Bytes are followed by the scales of the columns and their sums,
+// each as many as N, rounded up likewise.
 template <Layout layout, Layout packed>
 static void pack(int N, int K, const float* B, typename Form<packed>::Stored* to) {
     const int panels = (N + NR - 1) / NR;

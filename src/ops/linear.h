@@ -5,13 +5,14 @@
 
 #include "gemm.h"
 
-// The rows of x in words, zero beyond n_in. There is memory for as many rows as fill tile registers.
+// Memory for the words of rows, and for as many rows more as fill tile registers.
 static int32_t* row_words(int rows, int words) {
     static std::vector<int32_t> memory;
     memory.resize(((int64_t)rows + 31) / 32 * 32 * words);
     return memory.data();
 }
 
+// The rows of x in words, 0 beyond n_in.
 static const float* words_of_rows(gemm::Float32, const float* x, int rows, int n_in, float*) {
     return x;
 }
@@ -25,7 +26,8 @@ static const int32_t* words_of_rows(
     for (int m = 0; m < rows; m++) {
         const float* from = x + (int64_t)m * n_in;
         int32_t* row = to + (int64_t)m * words;
-        for (int k = 0; k < n_in / 2; k++) row[k] = gemm::bfloat16_pair(from[2 * k], from[2 * k + 1]);
+        for (int k = 0; k < n_in / 2; k++)
+            row[k] = gemm::bfloat16_pair(from[2 * k], from[2 * k + 1]);
         if (n_in % 2) row[n_in / 2] = gemm::bfloat16_pair(from[n_in - 1], 0);
         std::fill(row + (n_in + 1) / 2, row + words, 0);
     }
@@ -98,7 +100,8 @@ static float number(const float* words, int n_in, int k, int n) {
 }
 static float number(const int32_t* words, int n_in, int k, int n) {
     const int64_t row = (int64_t)n / gemm::NR * gemm::words_of<2>(n_in) + k / 2;
-    const uint32_t word = words[row * gemm::NR + n % gemm::NR], high = k % 2 ? word >> 16 << 16 : word << 16;
+    const uint32_t word = words[row * gemm::NR + n % gemm::NR];
+    const uint32_t high = k % 2 ? word >> 16 << 16 : word << 16;
     float x;
     std::memcpy(&x, &high, 4);
     return x;

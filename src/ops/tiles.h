@@ -99,7 +99,7 @@ template <class Word> struct Rows {
     Rows from(int r) const { return {start + r * ld, ld, width, jump}; }
 };
 
-// c (R, H W) += a (R, K) b (K, H W) in words, or c = a b if `fresh`, where K = panels * a.width; the
+// c (R, H W) += a (R, K) b (K, H W) in words, or c = a b if `fresh`, where K = panels * a.width;
 // rows of b and c are NR and ldc apart. Prefetches from `ahead` on, `pace` words in each step.
 template <class T, int R, int H>
 static void tile(Rows<typename T::Word> a, int panels, const typename T::Word* b, float* c,
@@ -133,8 +133,8 @@ static void tile_of(int rows, Arguments... arguments) {
     tile_of<T, (R > 1 ? R - 1 : R), H>(rows, arguments...);
 }
 
-// Intel's tile registers ("AMX") hold 16 rows of 16 words each; the last two of them are used for b,
-// the two before for a, the others for the sums.
+// Intel's tile registers ("AMX") hold 16 rows of 16 words: 0 to 3 sums, 4 and 5 rows of a, 6 and 7
+// columns of b.
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 struct TileRegisters {
     struct alignas(64) Configuration {
@@ -159,8 +159,8 @@ struct TileRegisters {
     static void add_first(Float32) {}
     static void add_second(Float32) {}
 
-    // c (rows, NR) += a (rows, K) b (K, NR) in words, as tile() does; rows is at most 32, but as many
-    // of a as fill tiles are read. Prefetches `pace` lines in each step of 16 words.
+    // c (rows, NR) += a (rows, K) b (K, NR) in words, as tile() does; rows is at most 32, but as
+    // many of a as fill tiles are read. Prefetches `pace` lines in each step of 16 words.
     template <class T>
     static void tile(int rows, Rows<typename T::Word> a, int panels, const typename T::Word* b,
             float* c, int64_t ldc, bool fresh, const float* ahead, int pace) {

@@ -11,8 +11,8 @@ flags are instant.
 from __future__ import annotations
 
 import ctypes
-import gc
 import errno
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util

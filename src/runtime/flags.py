@@ -81,6 +81,11 @@ def add_resume_flag(parser: argparse.ArgumentParser, what: str) -> None:
                                            "auto: begin anew if it had other settings")
 
 
+# Flags that older versions lacked, by the values with which a run is as theirs were: these are left
+# out of its settings, so that it can continue one of theirs.
+LATER_FLAGS = {"precision": "float32"}
+
+
 def settings_of(args: argparse.Namespace, free: Collection[str], files: Collection[str],
                 digest: Callable[[Path], str] = sha256) -> dict[str, object]:
     """What a run must share with the one that it continues, by flag; for a file its digest.
@@ -90,7 +95,8 @@ def settings_of(args: argparse.Namespace, free: Collection[str], files: Collecti
     """
     return {name: digest(Path(value)) if name in files and value
             and (Path(value).is_file() or Path(value).is_dir())
-            else value for name, value in vars(args).items() if name not in free}
+            else value for name, value in vars(args).items()
+            if name not in free and (name, value) not in LATER_FLAGS.items()}
 
 
 def read_flags(path: str | os.PathLike, section: str) -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
 All sides have the same weights (LoRA is merged for sides that do not support it). They continue
 the same contexts in alternation: first one context at a time, then, where supported, in batches. A
-side whose packages are missing is left out; openvino-genai is optional.
+side whose packages are missing is left out.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ def _quiet(results: dict) -> list[str]:
     found = results.get("quiet")
     if not found:
         return []
-    return [f"{found['kept']} rounds count; {found['dropped']} were dropped and measured again, "
-            f"because other programs took more than {found['limit']:.0%} of the processors during "
+    return [f"Rounds: {found['kept']} count; {found['dropped']} were dropped and measured again, "
+            f"in which other programs took more than {found['limit']:.0%} of the processors during "
             "the turn of a side.", ""]
 
 

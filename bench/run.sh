@@ -7,14 +7,15 @@
 #
 # Results go to bench/results/. The flags of a benchmark follow its name:
 #
-#   all    --device cpu|cuda, --name NAME (of the result), --quiet SHARE (measure a round again in
-#          which other programs took more of the processors; 1: never)
-#   train  --card CARD, --sides SIDE,SIDE, --precisions float32,bf16, --rounds N (blocks of each
-#          side), --block N (micro-batches of a block), --warm_up N (micro-batches before them),
-#          --runs N (whole runs, for memory and start-up)
-#   beam   --card CARD, --checkpoint FILE (trained weights), --sides SIDE,SIDE, --precisions
-#          float32,bf16,int8, --samples N (contexts one at a time), --batch_size N and --batches N
-#          (contexts at the same time, number of such batches)
+#   all    --device cpu|cuda, --name NAME (of the result), --quiet SHARE (a round in which other
+#          programs take more of the processors is measured again; 1: every round counts)
+#   train  --card CARD, --rounds N (blocks of each side), --block N (micro-batches of a block),
+#          --warm_up N (micro-batches before them), --runs N (whole runs, for memory and start-up)
+#   beam   --card CARD, --checkpoint FILE (trained weights), --samples N (contexts one at a time),
+#          --batch_size N and --batches N (contexts at the same time, number of such batches)
+#   train and beam: --precisions float32,bf16,int8, --sides NAME,NAME (beside ours in float32):
+#          of train: ours, align, peft, torch, compiled (minimal PyTorch, eager and compiled)
+#          of beam: ours, ctranslate2, openvino, compiled (minimal PyTorch), generate, align
 #   scale  --cards CARD,CARD, --batch_sizes N,N and --seq_lens N,N (training), --beam_sizes N,N,
 #          --rounds N (blocks of each side), --seconds SECONDS (no further block after them)
 

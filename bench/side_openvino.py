@@ -1,7 +1,4 @@
-"""OpenVINO GenAI's beam search as a side of bench_beam.py; convert_openvino.py converts the model.
-
-The package openvino-genai is optional.
-"""
+"""OpenVINO GenAI as a side of bench_beam.py; convert_openvino.py converts the model."""
 
 from __future__ import annotations
 

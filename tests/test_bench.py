@@ -259,7 +259,7 @@ def test_report_of_training():
         "limits": {"float32": [50.0, 80.0]}, "left_out": {"PEER, int8": "WHY"},
         "quiet": {"limit": 0.06, "kept": 2, "dropped": 5}}))
     assert "Left out: PEER, int8 (WHY)." in text
-    assert "2 rounds count; 5 were dropped" in text and "4 micro-batches of each side" in text
+    assert "Rounds: 2 count; 5 were dropped" in text and "4 micro-batches of each side" in text
     assert "| transformers + peft, bf16 | 1000.0 [1000.0, 1000.0] | 1.000 [1.000, 1.000] | " \
            "0.500 [0.500, 0.500] | 40.0 [40.0, 40.0] |  | 1234 |" in text
     assert len(ratio_columns(text)) == 2 * len(chosen)

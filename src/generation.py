@@ -114,10 +114,10 @@ def make_generator(args: argparse.Namespace, config: GPT2Config):
     from generator import Generator
     from model import GPT2LMModel
 
-    model = GPT2LMModel(config, LoRAConfig(args.lora_dim, args.lora_alpha))
-    checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
     if args.precision == "int8" and jt.flags.use_cuda:
         wrong("--precision int8: for --device cpu only; give bf16 or float32")
+    model = GPT2LMModel(config, LoRAConfig(args.lora_dim, args.lora_alpha))
+    checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
     # When the model is dropped, its matrices are freed as they are packed.
     return Generator(model, args.precision)
 

@@ -6,8 +6,8 @@
 // rows. B's columns are divided into panels of NR, and each thread takes a few panels at a time. It
 // packs KC x NR words of B (16 KB, half of a first-level cache), and multiplies all rows of A by
 // them in tiles of at most MR x NR numbers of C that stay in registers. Where B is packed already,
-// a block has more rows: the processor fetches them from the second-level cache, and C is read and
-// written less often.
+// a block may have more rows, which the processor fetches from the second-level cache. Sums of more
+// than KC or PACKED_KC products are added up from those of blocks, which rounds less.
 //
 // The same packed B also gives C (M, K) = A (M, N) B^T: as C^T = B A^T, where B has the part that A
 // had before, and A^T, which is small, that of B.

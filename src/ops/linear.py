@@ -54,8 +54,9 @@ def linear(x: jt.Var, weight: jt.Var | PackedWeight, bias: jt.Var | None = None,
     """x W, plus bias (n_out,) and residual (N, n_out) if given -> (N, n_out); all float32.
 
     x (N, n_in); weight W (n_in, n_out), or (n_out, n_in) if ``transposed``. A packed weight has no
-    gradient. In bf16, products are of bfloat16s and sums are float32; in int8, products are of
-    bytes, with a scale for each row of x and each column of W, and sums are exact.
+    gradient. In bf16, sums are float32, and x is rounded to bfloat16 where the processor multiplies
+    bfloat16s; in int8, products are of bytes, with a scale for each row of x and each column of W,
+    and sums are exact.
     """
     if jt.flags.use_cuda:
         if isinstance(weight, PackedWeight):

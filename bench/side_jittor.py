@@ -30,8 +30,7 @@ class Side:
         import checkpoint
         from model import GPT2LMModel
 
-        # Of the frozen weights' products. float32 is what the functions below do without it.
-        self.precision = {} if precision == "float32" else {"precision": precision}
+        self.precision = precision  # of the frozen matrices
         self.model = self.trainer = self.generator = None
         jt.gc()
         self.model = GPT2LMModel(MODEL_CARDS[card], LoRAConfig(r, alpha, lora_dropout))
@@ -45,7 +44,8 @@ class Side:
         from optimizer import AdamW, make_schedule
         from trainer import Trainer, TrainOptions, joined_batches
 
-        lora.mark_only_lora_as_trainable(self.model, **self.precision)
+        lora.mark_only_lora_as_trainable(self.model)
+        self.model.pack(self.precision)
         trained = lora.lora_state_dict(self.model)
         self.generator = None  # it has a copy of the weights before training
         samples = FTDataset(data, batch_size, seq_len)
@@ -79,7 +79,7 @@ class Side:
                               no_repeat_ngram_size=no_repeat_ngram_size,
                               eos_token_ids=frozenset(eos))
         if self.generator is None:
-            self.generator = Generator(self.model, **self.precision)
+            self.generator = Generator(self.model, self.precision)
             _synchronize()
         started = time.perf_counter()
         ids = predict(self.generator, [tuple(query) for query in queries], options, batch_size)

@@ -135,6 +135,12 @@ class Unpickler(PythonUnpickler):
             **{f"numpy.{core}.numeric._frombuffer": self._array for core in ("core", "_core")},
             **dict.fromkeys(UNREAD_NAMES, UNREAD)}
 
+    def load(self) -> object:
+        try:
+            return super().load()
+        finally:  # `known` has methods of this object: all arrays would stay until Python's collector
+            vars(self).clear()  # looks for circles
+
     def count(self, objects: int) -> None:
         """Raises TorchFileError when these are more than the pickle may have."""
         self.object_room -= objects

@@ -45,7 +45,8 @@ class Side:
         from trainer import Trainer, TrainOptions, joined_batches
 
         lora.mark_only_lora_as_trainable(self.model)
-        self.model.pack(self.precision)
+        if not self.model.packed:
+            self.model.pack(self.precision)
         trained = lora.lora_state_dict(self.model)
         self.generator = None  # it has a copy of the weights before training
         samples = FTDataset(data, batch_size, seq_len)

@@ -25,17 +25,26 @@ class Generator:
     """
 
     def __init__(self, model: GPT2LMModel, precision: str = "float32"):
-        """``precision`` of the products with the model's matrices: float32, bf16 or int8."""
+        """``precision`` of the products with the matrices: float32, bf16 or int8.
+
+        The matrices of a model that is packed already are shared, in their own precision.
+        """
+        def packed(weight, transposed=False):
+            if isinstance(weight, ops.PackedWeight):
+                return weight
+            return ops.pack_weight(weight, transposed, precision)
+
         self.config = model.config
         self._head = model.transformer.wte.weight  # (V, C), or packed
         weights = {id(p): p for p in model.parameters()}  # what the copy below holds instead
         for layer in matrix_layers(model):
-            weights[id(layer.weight)] = ops.pack_weight(layer.weight, precision=precision)
+            weights[id(layer.weight)] = packed(layer.weight)
             # oneDNN's sums depend on the number of rows, gemm.h's do not: a query's result is the
             # same, bit for bit, whichever others are searched beside it.
             if isinstance(layer, MergedLinear) and layer.r:
                 weights[id(layer.lora_A)] = ops.pack_weight(layer.lora_A, transposed=True)
-        self._head = ops.pack_weight(self._head, transposed=True, precision=precision)
+        weights[id(self._head)] = self._head  # the embedding that tokens are read from
+        self._head = packed(self._head, transposed=True)
         self._transformer = copy.deepcopy(model.transformer, weights)
         for module in self._transformer.modules():
             module.is_train = False  # no dropout; eval() would freeze the weights of `model`, too

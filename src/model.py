@@ -134,7 +134,8 @@ class GPT2LMModel(nn.Module):
         self.config, self.lora_config = config, lora_config or LoRAConfig()
         self.transformer = GPT2Model(config, self.lora_config)
         self.lora_biases: list[str] = []  # names of those that belong to the LoRA, see checkpoint
-        self.packed: dict[str, ops.PackedWeight] = {}  # by the names of the parameters before
+        self.order: list[str] = []  # of the weights' names, once some of them are packed
+        self.packed: dict[str, ops.PackedWeight] = {}  # by the names that they had as parameters
 
     def enable_lora(self, enable: tuple[bool, bool, bool]) -> None:
         """Puts LoRA on these of query, key and value in all layers, with new matrices."""
@@ -145,8 +146,8 @@ class GPT2LMModel(nn.Module):
     def pack(self, precision: str) -> None:
         """Brings the matrices, which are not trained, into the order that is fastest.
 
-        They stop being parameters. With ``precision`` "bf16", they are rounded to bfloat16, and
-        products with them are computed in it.
+        They stop being parameters. ``precision`` is float32 or bf16, in which they are rounded to
+        bfloat16 and multiplied as :func:`ops.linear` says.
         """
         wte, names = self.transformer.wte, {id(p): name for name, p in self.named_parameters()}
         self.order = list(names.values())

@@ -347,6 +347,8 @@ def test_sides_do_the_same_task(tmp_path, monkeypatch):
     """Without dropout, the sides that have the task's loss and search agree in them."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers", "loralib")):
         pytest.skip("no PyTorch; pip install -r requirement-test.txt")
+    import bench_scale
+
     for module in (samples, model_files):
         monkeypatch.setattr(module, "WORK", tmp_path)
     model = model_files.random_model("gpt2.nano")
@@ -361,6 +363,9 @@ def test_sides_do_the_same_task(tmp_path, monkeypatch):
             ids = worker.ask("search", queries=queries[:2], batch_size=2, **{**BEAM, "eval_len": 4})
             worker.ask("start_training", data=str(data), **{**flags, "seq_len": 12})
             found[script] = ids["ids"], worker.ask("train", steps=8)["loss"]
+            if script in bench_scale.SIDES.values():  # it uses a model for all its settings
+                worker.ask("start_training", data=str(data), **{**flags, "seq_len": 12})
+                worker.ask("search", queries=queries, batch_size=1, **{**BEAM, "eval_len": 4})
     (ids, losses), *others = found.values()
     for other_ids, other_losses in others:
         assert ids == other_ids

@@ -55,6 +55,33 @@ def test_cached_decoding(jittor, small_model, generator, torch_side, lengths, be
         assert np.abs(ours[row] - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("precision, least, most", [("bf16", 1e-4, 2e-2), ("int8", 1e-3, 5e-2)])
+def test_precision(jittor, small_model, generator, precision, least, most):
+    """The logits differ from those in float32 as far as the rounding of factors explains."""
+    from generator import Generator
+
+    def logits(generator):
+        with jittor.no_grad():
+            return generator.start(np.array([[5, 17, 3, 40]]), np.array([4]), 1, 1)[0].numpy()
+
+    exact = logits(generator)
+    far = np.linalg.norm(logits(Generator(small_model(seed=3), precision)) - exact)
+    assert least < far / np.linalg.norm(exact) < most
+
+
+def test_of_a_packed_model(jittor, small_model, generator):
+    """The same as of the model before it was packed."""
+    from generator import Generator
+
+    model = small_model(seed=3)
+    model.pack("float32")
+    query, length = np.array([[5, 17, 3, 40]]), np.array([4])
+    with jittor.no_grad():
+        ours, plain = (one.start(query, length, 1, 1)[0].numpy()
+                       for one in (Generator(model), generator))
+    assert np.array_equal(ours, plain)
+
+
 def test_a_query_has_the_same_logits_whatever_is_beside_it(jittor, small_model):
     """To the last bit: 12 queries at once, and in parts, with 10 rows each in every step."""
     from generator import Generator

@@ -196,6 +196,43 @@ def test_same_seed_same_files(root, data, base, trained, tmp_path):
         [row[c] for c in columns] for row in rows(folder)]
 
 
+def test_training_in_bf16(train_here, trained, base, tmp_path):
+    """On matrices rounded to bfloat16, which the last checkpoint holds; close to float32."""
+    done = train_here(tmp_path, "--init_checkpoint", base, "--lora_dropout", 0.1, "--precision",
+                      "bf16")
+    assert done.returncode == 0, done.stderr
+    ours, plain = ([float(row["loss"]) for row in rows(folder)]
+                   for folder in (tmp_path, trained[1]))
+    assert ours != plain and ours == pytest.approx(plain, rel=1e-3)
+    last, frozen = weights(tmp_path / f"model.{STEPS}.pt"), weights(base)
+    assert list(last) == list(weights(trained[1] / f"model.{STEPS}.pt"))
+    for name, exact in frozen.items():
+        if exact.ndim == 2 and "wpe" not in name:
+            assert not (last[name].view(np.uint32) & 0xffff).any()  # 16 bits are enough for it
+            assert np.all(np.abs(last[name] - exact) <= 2 ** -8 * np.abs(exact))
+            assert not np.array_equal(last[name], exact)
+        else:
+            assert np.array_equal(last[name], exact)
+    refused = train_here(tmp_path, "--init_checkpoint", base, "--precision", "bf16", "--lora_dim",
+                         0, "--work_dir", tmp_path / "none")
+    assert refused.returncode == 2 and "--lora_dim 0" in refused.stderr
+    assert train_here(tmp_path / "none", "--precision", "int8").returncode == 2
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_without_precision_is_one_in_float32(trained, base, tmp_path, train_here):
+    """Versions before --precision wrote no such setting; their runs are not begun anew."""
+    for name in ("finished.json", f"model.{STEPS}.pt"):
+        shutil.copy(trained[1] / name, tmp_path)
+    assert "precision" not in json.loads((tmp_path / "finished.json").read_text())["settings"]
+    flags = ["--init_checkpoint", base, "--lora_dropout", 0.1, "--resume"]
+    before = (tmp_path / "finished.json").stat().st_mtime_ns
+    assert train_here(tmp_path, *flags).returncode == 0
+    assert (tmp_path / "finished.json").stat().st_mtime_ns == before
+    assert train_here(tmp_path, *flags, "--precision", "bf16").returncode == 0
+    assert (tmp_path / "finished.json").stat().st_mtime_ns > before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     [],
@@ -575,6 +612,18 @@ def test_a_state_of_another_beam_search(search, tmp_path):
     assert (code, searched, output) == (1, 0, None)
     assert said.startswith(f"error: {tmp_path}/out.jsonl.state: of a search with other flags or ")
     assert search("--resume", "auto", "--beam", 2) == (0, "", 3, whole)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_beam_search_in_other_precisions(search, tmp_path, precision):
+    whole = search()[3]
+    (tmp_path / "out.jsonl").unlink()
+    search(stop=2)
+    code, said, searched, output = search("--resume", "--precision", precision)
+    assert (code, searched, output) == (1, 0, None) and "of a search with other flags" in said
+    code, said, searched, output = search("--precision", precision)
+    assert (code, said, searched) == (0, "", 3)
+    assert len(output.splitlines()) == len(whole.splitlines())
 
 
 @pytest.mark.parametrize("lines", [

@@ -284,7 +284,8 @@ static void multiply_transposed(int M, int N, int K, const float* A,
     constexpr int width = NR / T::GROUP;               // words of a panel's row
     const int panels = (N + NR - 1) / NR;
     const int64_t stored = words_of<F::GROUP>(K), depth = (int64_t)panels * width;
-    // The words of A^T, in panels (panels of MB, depth, NR); columns without a row of A are 0.
+    // The words of A^T in panels (parts of the rows of A, depth, NR), 0 where there is no row. The
+    // memory stays for the next call; Jittor runs one operator at a time.
     static std::vector<Word> turned;
     for (int m0 = 0; m0 < M; m0 += MB, A += (int64_t)MB * N, C += (int64_t)MB * K) {
         const int m = std::min(MB, M - m0), parts = (m + NR - 1) / NR;

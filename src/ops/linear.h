@@ -5,7 +5,8 @@
 
 #include "gemm.h"
 
-// Memory for the words of rows, and for as many rows more as fill tile registers.
+// Memory for the words of rows, and for as many rows more as fill tile registers. It stays for the
+// next call; Jittor runs one operator at a time.
 static int32_t* row_words(int rows, int words) {
     static std::vector<int32_t> memory;
     memory.resize(((int64_t)rows + 31) / 32 * 32 * words);

@@ -25,7 +25,7 @@ class PackedWeight:
 
     On the CPU, ``words`` has the memory order of gemm.h and 32 bits a number in float32, 16 in bf16
     and 8 in int8; on CUDA it is the matrix itself, in float32 or bfloat16. ``transposed`` says that
-    it was given as (n_out, n_in). NumPy makes an array of that shape of it, unless it is int8.
+    it was given as (n_out, n_in). NumPy makes an array of that shape of it, but not of int8.
     """
 
     words: jt.Var
@@ -133,7 +133,12 @@ def pack_weight(weight: jt.Var, transposed: bool = False,
 
 
 def packed_columns(weight: PackedWeight, which: jt.Var) -> jt.Var:
-    """The columns ``which`` (N,) int32 of a weight, not of int8, as rows (N, n_in) float32."""
+    """The columns ``which`` (N,) int32 of a weight as rows (N, n_in) float32.
+
+    Raises ValueError for a weight in int8.
+    """
+    if weight.precision == "int8":
+        raise ValueError("a weight in int8 is only multiplied")
     if jt.flags.use_cuda:
         rows = weight.words[which] if weight.transposed else weight.words[:, which].transpose()
         return rows.float32()

@@ -184,9 +184,8 @@ def _check_depth(value: object) -> None:
 def save(path: str | os.PathLike, state: dict) -> None:
     """Writes nested dicts of float32 arrays, strings and integers in PyTorch's zip format.
 
-    An array may also be an object with shape and size of which NumPy makes one when it is written.
-
-    Equal bytes for equal content; an array that occurs under two names is stored once.
+    An array may also be an object with shape and size of which NumPy makes one; it does so when it
+    writes it. Equal bytes for equal content; an array under two names is stored once.
     ``torch.load(path, weights_only=True)`` opens it. Raises InputError if it cannot be written.
     """
     arrays: dict[int, tuple[int, np.ndarray]] = {}  # id -> (key, array)

@@ -138,8 +138,10 @@ class Unpickler(PythonUnpickler):
     def load(self) -> object:
         try:
             return super().load()
-        finally:  # `known` has methods of this object: all arrays would stay until Python's collector
-            vars(self).clear()  # looks for circles
+        finally:
+            # `known` refers to methods of this object, and so the object to itself: without this,
+            # all arrays would stay in memory until Python's collector runs.
+            vars(self).clear()
 
     def count(self, objects: int) -> None:
         """Raises TorchFileError when these are more than the pickle may have."""

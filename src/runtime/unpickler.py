@@ -135,13 +135,13 @@ class Unpickler(PythonUnpickler):
             **{f"numpy.{core}.numeric._frombuffer": self._array for core in ("core", "_core")},
             **dict.fromkeys(UNREAD_NAMES, UNREAD)}
 
-    def load(self) -> object:
+    def load(self) -> Any:
         try:
             return super().load()
         finally:
             # `known` refers to methods of this object, and so the object to itself: without this,
             # all arrays would stay in memory until Python's collector runs.
-            vars(self).clear()
+            self.__dict__.clear()
 
     def count(self, objects: int) -> None:
         """Raises TorchFileError when these are more than the pickle may have."""

@@ -83,8 +83,8 @@ static inline void transpose8(const float* from, int64_t ld, float* to, int64_t 
 }
 
 // The transpose of (rows, columns), at most NR columns; rows of `to` are ld_to apart.
-static inline void transpose(const float* from, int64_t ld, int rows, int columns, float* to,
-        int64_t ld_to) {
+static inline void transpose(
+        const float* from, int64_t ld, int rows, int columns, float* to, int64_t ld_to) {
     for (int i = 0; i < rows; i += 8)
         for (int j = 0; j < columns; j += 8) {
             if (i + 8 <= rows && j + 8 <= columns) {
@@ -183,8 +183,8 @@ static void register_tiles(int M, Rows<typename T::Word> a, int panels, const ty
     const int count = (M + 31) / 32, K = panels * a.width;
     for (int t = 0; t < count; t++)
         TileRegisters::tile<T>(std::min(32, M - t * 32), a.from(t * 32), panels, b,
-                c + (int64_t)t * 32 * ldc, ldc, fresh,
-                next.at((int64_t)t * next.line / count), next.line / count / K);
+                c + (int64_t)t * 32 * ldc, ldc, fresh, next.at((int64_t)t * next.line / count),
+                next.line / count / K);
 }
 
 // C (M, N) = A B, where a holds the words of A's rows. finish(m, n, count, row) may change
@@ -272,8 +272,8 @@ static void multiply(int M, int N, int K, const typename Form<layout>::T::Word* 
 // C (M, K) = A (M, N) B^T, B packed as floats or bfloat16s: C^T (K, M) = B A^T, where B has the
 // part that A has in multiply(), and A^T that of B.
 template <Layout layout>
-static void multiply_transposed(int M, int N, int K, const float* A,
-        const typename Form<layout>::Stored* B, float* C) {
+static void multiply_transposed(
+        int M, int N, int K, const float* A, const typename Form<layout>::Stored* B, float* C) {
     typedef Form<layout> F;
     typedef typename F::T T;
     typedef typename T::Word Word;
@@ -324,8 +324,8 @@ static void multiply_transposed(int M, int N, int K, const float* A,
                                         block.data() + (p * RANGE + r) * width);
                     }
                     const bool last = panel + CHUNK >= panels;
-                    const auto* follows = last ? B + (k + RANGE) / F::GROUP * NR :
-                            from + CHUNK * stored * NR;
+                    const auto* follows =
+                            last ? B + (k + RANGE) / F::GROUP * NR : from + CHUNK * stored * NR;
                     const auto next = [&](int part) {  // a share of the next chunk
                         const int begin = rows / F::GROUP * part / parts;
                         return Next{follows + begin * NR, stored * NR, CHUNK,
@@ -334,8 +334,8 @@ static void multiply_transposed(int M, int N, int K, const float* A,
                     for (int part = 0; part < parts; part++)
                         (registers ? register_tiles<T> : tiles<T>)(rows, b, count,
                                 turned.data() + (part * depth + (int64_t)panel * width) * NR,
-                                sums.data() + part * RANGE * NR, NR, m - part * NR <= W,
-                                panel == 0, next(part));
+                                sums.data() + part * RANGE * NR, NR, m - part * NR <= W, panel == 0,
+                                next(part));
                 }
                 for (int part = 0; part < parts; part++)
                     transpose(sums.data() + part * RANGE * NR, NR, rows,
@@ -358,14 +358,14 @@ static inline float scale_of(float high) { return high > 0 ? high / 127 : 1; }
 static inline void encode(Form<PACKED>, const float* from, int K, float* to, float*, int32_t*) {
     std::copy_n(from, (int64_t)K * NR, to);
 }
-static inline void encode(Form<PACKED_BFLOAT16>, const float* from, int K, int32_t* to, float*,
-        int32_t*) {
+static inline void encode(
+        Form<PACKED_BFLOAT16>, const float* from, int K, int32_t* to, float*, int32_t*) {
     std::fill_n(to, (int64_t)words_of<2>(K) * NR, 0);
     for (int k = 0; k < K; k += 2, from += 2 * NR, to += NR)
         for (int i = 0; i < NR; i++) to[i] = bfloat16_pair(from[i], k + 1 < K ? from[NR + i] : 0);
 }
-static inline void encode(Form<PACKED_INT8>, const float* from, int K, int32_t* to, float* scales,
-        int32_t* sums) {
+static inline void encode(
+        Form<PACKED_INT8>, const float* from, int K, int32_t* to, float* scales, int32_t* sums) {
     std::fill_n(to, (int64_t)words_of<4>(K) * NR, 0);
     std::fill_n(scales, NR, 0.f);
     std::fill_n(sums, NR, 0);
@@ -381,8 +381,8 @@ static inline void encode(Form<PACKED_INT8>, const float* from, int K, int32_t* 
 }
 
 // B in a packed layout, from ROWS or COLUMNS; `to` holds as many words as N, rounded up to a
-// multiple of NR, times words_of(K). Bytes are followed by the scales of the columns and their sums,
-// each as many as N, rounded up likewise.
+// multiple of NR, times words_of(K). Bytes are followed by the scales of the columns and their
+// sums, each as many as N, rounded up likewise.
 template <Layout layout, Layout packed>
 static void pack(int N, int K, const float* B, typename Form<packed>::Stored* to) {
     const int panels = (N + NR - 1) / NR;

@@ -19,8 +19,7 @@ static const float* words_of_rows(gemm::Float32, const float* x, int rows, int n
 }
 
 #ifdef __AVX512BF16__
-static const int32_t* words_of_rows(
-        gemm::BFloat16, const float* x, int rows, int n_in, float*) {
+static const int32_t* words_of_rows(gemm::BFloat16, const float* x, int rows, int n_in, float*) {
     const int words = gemm::words_of<2>(n_in);
     int32_t* to = row_words(rows, words);
     #pragma omp parallel for
@@ -65,29 +64,29 @@ static void linear(float* y, const float* x, const void* weight, const float* bi
     const int64_t padded = (n_out + gemm::NR - 1) / gemm::NR * gemm::NR;
     const float* scales = (const float*)stored + padded * gemm::words_of<Form::GROUP>(n_in);
     const int32_t* sums = (const int32_t*)scales + padded;
-    gemm::multiply<layout>(rows, n_out, n_in, words, stored, y,
-            [&](int m, int n, int count, float* row) {
-        if (layout == gemm::PACKED_INT8)
-            for (int i = 0; i < count; i++) {
-                int32_t sum;
-                std::memcpy(&sum, row + i, 4);
-                row[i] = (sum - 128 * sums[n + i]) * (row_scales[m] * scales[n + i]);
-            }
-        if (bias && residual)
-            for (int i = 0; i < count; i++)
-                row[i] += bias[n + i] + residual[(int64_t)m * n_out + n + i];
-        else if (bias)
-            for (int i = 0; i < count; i++) row[i] += bias[n + i];
-        else if (residual)
-            for (int i = 0; i < count; i++) row[i] += residual[(int64_t)m * n_out + n + i];
-    });
+    gemm::multiply<layout>(
+            rows, n_out, n_in, words, stored, y, [&](int m, int n, int count, float* row) {
+                if (layout == gemm::PACKED_INT8)
+                    for (int i = 0; i < count; i++) {
+                        int32_t sum;
+                        std::memcpy(&sum, row + i, 4);
+                        row[i] = (sum - 128 * sums[n + i]) * (row_scales[m] * scales[n + i]);
+                    }
+                if (bias && residual)
+                    for (int i = 0; i < count; i++)
+                        row[i] += bias[n + i] + residual[(int64_t)m * n_out + n + i];
+                else if (bias)
+                    for (int i = 0; i < count; i++) row[i] += bias[n + i];
+                else if (residual)
+                    for (int i = 0; i < count; i++) row[i] += residual[(int64_t)m * n_out + n + i];
+            });
 }
 
 template <gemm::Layout layout>
 static void grad_linear_x(
         float* dx, const float* dy, const void* weight, int rows, int n_out, int n_in) {
-    gemm::multiply_transposed<layout>(rows, n_out, n_in, dy,
-            (const typename gemm::Form<layout>::Stored*)weight, dx);
+    gemm::multiply_transposed<layout>(
+            rows, n_out, n_in, dy, (const typename gemm::Form<layout>::Stored*)weight, dx);
 }
 
 template <gemm::Layout layout, gemm::Layout packed>
@@ -108,8 +107,7 @@ static float number(const int32_t* words, int n_in, int k, int n) {
     return x;
 }
 template <class Word>
-static void packed_columns(
-        float* y, const Word* weight, const int* which, int rows, int n_in) {
+static void packed_columns(float* y, const Word* weight, const int* which, int rows, int n_in) {
     #pragma omp parallel for
     for (int i = 0; i < rows; i++)
         for (int k = 0; k < n_in; k++) y[(int64_t)i * n_in + k] = number(weight, n_in, k, which[i]);

@@ -152,10 +152,22 @@ struct TileRegisters {
         _tile_loadconfig(&configuration);
     }
     static void end() { _tile_release(); }
-    static void add_first(BFloat16) { _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); }
-    static void add_second(BFloat16) { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
-    static void add_first(Int8) { _tile_dpbusd(0, 4, 6); _tile_dpbusd(1, 4, 7); }
-    static void add_second(Int8) { _tile_dpbusd(2, 5, 6); _tile_dpbusd(3, 5, 7); }
+    static void add_first(BFloat16) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    static void add_second(BFloat16) {
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    static void add_first(Int8) {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+    }
+    static void add_second(Int8) {
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
     static void add_first(Float32) {}
     static void add_second(Float32) {}
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is needed, then runs the linters and pytest: bash run_tests.sh [PYTEST_ARGUMENT...]
-# -m "not slow" leaves out the slow tests, --nightly adds the longest. The exit code is 0 only if all of them pass.
+# -m "not slow" leaves out the slow tests, --nightly adds the longest. The exit code is 0 only if
+# all of them pass.
 #
 # Variables: E2E_SHARED (folder of reference files, without it their tests are skipped), TEST_DEVICE
 # (cpu or cuda), KILLS, KILLS_SEED, FUZZ_EXAMPLES; docs/reference.md explains them.

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
+import conditions
 import model_files
 import quiet
 import report
@@ -47,16 +48,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=at_least(2), default=16,
                         help="contexts at the same time, for the sides that support it")
     parser.add_argument("--batches", type=at_least(0), default=2, help="number of such batches")
-    parser.add_argument("--quiet", type=quiet.share, default=quiet.LIMIT, help="largest share of "
-                        "the processors that other programs may take in a round; a round in which "
-                        "they take more is measured again; 1: every round counts")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    parser.add_argument("--name", default="beam", help="name of the files in bench/results")
+    conditions.add_flags(parser, "beam")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
+    conditions.limit_instructions(args.isa)
     model = (model_files.trained_model(args.card, args.checkpoint) if args.checkpoint
              else model_files.random_model(args.card))
     data, source = samples.of_e2e("test")
@@ -89,7 +87,7 @@ def main() -> None:
         in_batches = {key: side for key, side in chosen.items() if side.program.batches}
         many = alternate(team.workers, in_batches, watch, queries, args.batches, args.batch_size)
         peaks = {key: quiet.peak_mib(pid) for key, pid in team.pids.items()}
-    results = {**report.setting(team.starts, args.device), "card": args.card, "flags": BEAM,
+    results = {**report.setting(team.starts, args), "card": args.card, "flags": BEAM,
                "weights": str(args.checkpoint or "random"), "data": source,
                "left_out": team.left_out, "quiet": watch.summary(), "peak_mib": peaks,
                "ours": sides.ours(chosen), "tables": {1: one, args.batch_size: many}}

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from itertools import chain
 from statistics import mean
 
+import conditions
 import model_files
 import quiet
 import report
@@ -65,11 +66,7 @@ def parse_args() -> argparse.Namespace:
                         help="largest number of blocks of each side for a setting")
     parser.add_argument("--seconds", type=at_least(0, float), default=6.0,
                         help="no further block for a setting after so many seconds")
-    parser.add_argument("--quiet", type=quiet.share, default=quiet.LIMIT, help="largest share of "
-                        "the processors that other programs may take in a round; a round in which "
-                        "they take more is measured again; 1: every round counts")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    parser.add_argument("--name", default="scale", help="name of the files in bench/results")
+    conditions.add_flags(parser, "scale")
     args = parser.parse_args()
     if not all(2 <= length <= 1024 for length in args.seq_lens):
         parser.error("--seq_lens: give lengths from 2 to 1024 tokens")
@@ -78,6 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    conditions.limit_instructions(args.isa)
     settings = ([(size, TRAIN["seq_len"]) for size in args.batch_sizes]
                 + [(TRAIN["batch_size"], length) for length in args.seq_lens])
     settings = list(dict.fromkeys(settings))
@@ -104,7 +102,7 @@ def main() -> None:
                     beam[card].append({"batch_size": batch_size,
                                        **search(args, watch, workers, batch_size)})
                     bar.update()
-    results = {**report.setting(starts, args.device), "flags": TRAIN, "beam_flags": BEAM,
+    results = {**report.setting(starts, args), "flags": TRAIN, "beam_flags": BEAM,
                "quiet": watch.summary(), "training": training, "beam": beam}
     report.write(args.name, results, describe(results), figure(results))
 

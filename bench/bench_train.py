@@ -18,6 +18,7 @@ from itertools import chain, islice
 from pathlib import Path
 from statistics import median
 
+import conditions
 import flops
 import model_files
 import quiet
@@ -61,11 +62,7 @@ def parse_args() -> argparse.Namespace:
                         help="micro-batches of each side before its first block")
     parser.add_argument("--runs", type=at_least(0), default=3,
                         help="whole runs of each program, for memory and start-up time; 0: none")
-    parser.add_argument("--quiet", type=quiet.share, default=quiet.LIMIT, help="largest share of "
-                        "the processors that other programs may take in a round; a round in which "
-                        "they take more is measured again; 1: every round counts")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to compute")
-    parser.add_argument("--name", default="train", help="name of the files in bench/results")
+    conditions.add_flags(parser, "train")
     args = parser.parse_args()
     for flag in ("block", "warm_up"):
         if getattr(args, flag) % TRAIN["grad_acc"]:
@@ -75,6 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    conditions.limit_instructions(args.isa)
     data, source = samples.of_e2e("train")
     model = model_files.random_model(args.card)
     results = {**steps(args, model, data), "data": source}
@@ -120,7 +118,7 @@ def steps(args: argparse.Namespace, model: dict, data: Path) -> dict:
         peaks = {key: quiet.peak_mib(pid) for key, pid in team.pids.items()}
     limits = {} if "limit" not in team.workers else products_of(rounds)
     trained = [key for key in team.workers if key != "limit"]
-    return {**report.setting(team.starts, args.device), "card": args.card, "flags": TRAIN,
+    return {**report.setting(team.starts, args), "card": args.card, "flags": TRAIN,
             "lora": LORA, "block": args.block, "warm_up": args.warm_up, "shapes": SHAPES,
             "left_out": team.left_out, "quiet": watch.summary(), "limits": limits,
             **judge({key: chosen[key] for key in trained}, rounds, limits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -41,7 +42,7 @@ def inverse(values: dict[str, float] | None) -> dict[str, float] | None:
     return values and {swapped.get(name, name): 1 / value for name, value in values.items()}
 
 
-def setting(starts: Iterable[dict], device: str) -> dict:
+def setting(starts: Iterable[dict], args: argparse.Namespace) -> dict:
     """The conditions of a result; ``starts`` holds what the sides' ``start`` returned."""
     starts = list(starts)
     versions = {"python": platform.python_version()}
@@ -49,7 +50,8 @@ def setting(starts: Iterable[dict], device: str) -> dict:
         versions.update(start["versions"])
     return {"command": f"bash bench/run.sh {Path(sys.argv[0]).stem.removeprefix('bench_')} "
                        + shlex.join(sys.argv[1:]),
-            "machine": machine(device), "device": device, "versions": versions,
+            "machine": machine(args.device) + (", limited to AVX2" if args.isa == "avx2" else ""),
+            "device": args.device, "versions": versions,
             "threads": sorted({start["threads"] for start in starts})}
 
 

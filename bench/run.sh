@@ -8,7 +8,8 @@
 # Results go to bench/results/. The flags of a benchmark follow its name:
 #
 #   all    --device cpu|cuda, --name NAME (of the result), --quiet SHARE (a round in which other
-#          programs take more of the processors is measured again; 1: every round counts)
+#          programs take more of the processors is measured again; 1: every round counts), --isa avx2
+#          (all sides without newer instructions than AVX2)
 #   train  --card CARD, --rounds N (blocks of each side), --block N (micro-batches of a block),
 #          --warm_up N (micro-batches before them), --runs N (whole runs, for memory and start-up)
 #   beam   --card CARD, --checkpoint FILE (trained weights), --samples N (contexts one at a time),

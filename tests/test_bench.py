@@ -21,6 +21,7 @@ sys.path.append(str(ROOT / "bench"))
 
 import bench_beam  # noqa: E402
 import bench_train  # noqa: E402
+import conditions  # noqa: E402
 import flops  # noqa: E402
 import model_files  # noqa: E402
 import quiet  # noqa: E402
@@ -32,6 +33,7 @@ from shared import BEAM, TRAIN, FTDataset, GPT2Config, InputError, read_jsonl  #
 
 CARD = {"n_layer": 3, "n_embd": 8, "n_head": 2, "vocab_size": 31}
 R = 2
+FLAGS = argparse.Namespace(device="cpu", isa="native")
 MASK = [[0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]]
 
 
@@ -128,6 +130,16 @@ def test_all_tables_have_ratios_in_one_direction(name):
     ratios = [float(cell.split()[0]) for row, head, cell in ratio_columns(text) if cell
               and not re.search("bf16|int8", row + head)]
     assert ratios and max(ratios) < 1
+
+
+def test_instructions_can_be_limited_to_avx2(monkeypatch, tmp_path):
+    monkeypatch.setattr(conditions, "WORK", tmp_path)
+    environment = {**os.environ}
+    monkeypatch.setattr(os, "environ", environment)
+    conditions.limit_instructions("avx2")
+    macros = subprocess.run([environment["cc_path"], "-march=native", "-dM", "-E", "-xc++",
+                             os.devnull], capture_output=True, text=True, check=True).stdout
+    assert "__AVX2__" in macros and "__AVX512F__" not in macros
 
 
 def test_every_side_has_a_script_and_a_choice_always_has_ours():
@@ -254,7 +266,7 @@ def test_report_of_training():
     assert one["peft bf16"]["ratios"]["ours bf16"]["median"] == 0.5
     assert one["ours bf16"]["ratios"] == {"ours float32": report.spread([2.0])}
     text = "\n".join(bench_train.describe({
-        **report.setting([{"versions": {}, "threads": 2}], "cpu"), **found, "card": "gpt2.sm",
+        **report.setting([{"versions": {}, "threads": 2}], FLAGS), **found, "card": "gpt2.sm",
         "block": 2, "warm_up": 2, "data": "DATA", "shapes": [(1, 2, 3), (4, 5, 6)],
         "limits": {"float32": [50.0, 80.0]}, "left_out": {"PEER, int8": "WHY"},
         "quiet": {"limit": 0.06, "kept": 2, "dropped": 5}}))
@@ -277,7 +289,7 @@ def test_report_of_beam_search():
     assert found["ours float32"]["samples_per_s"]["median"] == 0.5
     assert found["ours int8"]["tokens"] == 2.5
     text = "\n".join(bench_beam.describe({
-        **report.setting([{"versions": {}, "threads": 2}], "cpu"), "card": "gpt2.sm",
+        **report.setting([{"versions": {}, "threads": 2}], FLAGS), "card": "gpt2.sm",
         "weights": "random", "data": "DATA", "left_out": {}, "ours": sides.ours(chosen),
         "quiet": {"limit": 0.06, "kept": 1, "dropped": 0},
         "peak_mib": dict.fromkeys(chosen, None), "tables": {1: found, 16: {}}}))

@@ -38,7 +38,7 @@ WORDS = {
         "of": "/", "size": "batch size"},
 }
 # document -> (path of the results relative to the document, language); the first two are short
-# and leave out the runs on the demo's data
+# and leave out the runs on the demo's data and those in bf16
 DOCUMENTS = {"README.md": ("align/results", "en"), "README.cn.md": ("align/results", "cn"),
              "align/README.md": ("results", "en"), "align/README.cn.md": ("results", "cn")}
 
@@ -54,8 +54,8 @@ def publish(root: Path) -> None:
             raise InputError(f"{path}: has no place for the results; put back the two lines "
                              f"{BEGIN} and {END}")
         before, rest = text.split(BEGIN)
-        shown = [run for run in results
-                 if folder == "results" or not run["name"].startswith("demo-")]
+        shown = [run for run in results if folder == "results"
+                 or not run["name"].startswith("demo-") and _kind(run) != "bf16"]
         filled = f"{before}{BEGIN}\n{tables(shown, folder, language)}{END}{rest.split(END)[1]}"
         if filled != text:
             with replacing(path) as file:

@@ -5,6 +5,7 @@ A driver (see conftest.py), nvcc and compilers stand in for those of many machin
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -247,3 +248,36 @@ def layout(tmp_path_factory) -> Path:
     cuda = Cuda(Gpu("0", (12, 0), (13, 0)), str(cuda_13()), (13, 0), "g++")
     variables = cuda.environment(tmp_path_factory.mktemp("cuda"))
     return Path(variables["nvcc_path"]).parents[1]
+
+
+# What Jittor's own files name that CUDA 13 has no more, or that comes with another library.
+USES = """
+#include "helper_cuda.h"
+#include "misc/cuda_limits.h"
+__global__ void smallest(float* x) { x[threadIdx.x] = numeric_min<float>(); }
+extern "C" int use(float* x) {
+    smallest<<<1, 32>>>(x);
+    return gpuGetMaxGflopsDeviceId();
+}
+"""
+
+
+@pytest.mark.slow
+def test_cuda_13_compiles_as_jittor_calls_it(layout, tmp_path):
+    jittor = Path(importlib.util.find_spec("jittor").origin).parent
+    (tmp_path / "op.cc").write_text(USES)
+    # As in Jittor's compiler.py and jit_compiler.cc.
+    command = [layout / "bin/nvcc", tmp_path / "op.cc", "-std=c++14", "-Xcompiler", "-fPIC",
+               "-lstdc++", "-ldl", "-shared", f"-I{jittor}/src", "-DHAS_CUDA", "-DIS_CUDA",
+               f"-I{layout}/include", f"-I{jittor}/extern/cuda/inc", "-lcudart",
+               f"-L{layout}/lib64", "-x", "cu", "--cudart=shared", "-ccbin=g++", "--use_fast_math",
+               "-w", "-arch=compute_90", "-code=sm_90", "-code=compute_90", "-no-compress", "-o",
+               tmp_path / "op.so"]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    assert compiled.returncode == 0, compiled.stderr
+    linked = subprocess.run(["readelf", "-d", tmp_path / "op.so"], capture_output=True, text=True)
+    assert "Shared library: [libcudart.so.13]" in linked.stdout
+    found = subprocess.run(["ldd", tmp_path / "op.so"], capture_output=True, text=True,
+                           env={**os.environ, "LD_LIBRARY_PATH": str(layout / "lib64")}).stdout
+    assert "not found" not in found
+    assert b".target sm_90" in (tmp_path / "op.so").read_bytes()

@@ -144,8 +144,22 @@ def find_cuda() -> tuple[Cuda | None, str]:
     Each of the processes that mpirun starts on a machine has a GPU of its own.
     """
     gpu, obstacle = _find_gpu()
-    if gpu is None:
-        return None, obstacle
+    return _find_toolkit(gpu) if gpu else (None, obstacle)
+
+
+def needs_wheels() -> str:
+    """The reason why no GPU can be used, where requirement-cuda.txt would help, else ""."""
+    gpu, _ = _find_gpu()
+    if gpu is None or os.environ.get("nvcc_path") or any(map(os.path.isfile, _wheels())):
+        return ""
+    try:
+        _check_gpu(gpu, WHEELS)
+    except _Unusable:
+        return ""
+    return _find_toolkit(gpu)[1]
+
+
+def _find_toolkit(gpu: Gpu) -> tuple[Cuda | None, str]:
     obstacles = []
     for nvcc in _candidates():
         try:
@@ -154,20 +168,6 @@ def find_cuda() -> tuple[Cuda | None, str]:
             obstacles.append(f"{nvcc} {error}")
     return None, "a GPU, but " + (", and ".join(obstacles) or "no nvcc; SETUP_CUDA=1 bash setup.sh "
                                   "installs a toolkit by pip, or install CUDA 12.x")
-
-
-def needs_wheels() -> str:
-    """The reason why no GPU can be used, where requirement-cuda.txt would help, else ""."""
-    gpu, _ = _find_gpu()
-    cuda, obstacle = find_cuda()
-    if gpu is None or cuda is not None or os.environ.get("nvcc_path") \
-            or any(map(os.path.isfile, _wheels())):
-        return ""
-    try:
-        _check_gpu(gpu, WHEELS)
-    except _Unusable:
-        return ""
-    return obstacle
 
 
 def _find_gpu() -> tuple[Gpu | None, str]:

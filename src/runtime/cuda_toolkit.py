@@ -183,8 +183,8 @@ def _find_gpu() -> tuple[Gpu | None, str]:
     said = json.loads(query.stdout)
     count, number = len(said["capabilities"]), processes.local_rank()
     if count < processes.local_size():
-        return None, (f"{processes.local_size()} processes on this machine and {count} GPU"
-                      + "s" * (count > 1) + ", each needs one of its own; start fewer")
+        return None, (f"{processes.local_size()} processes on this machine, GPUs: {count}; each "
+                      "process needs one of its own")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return Gpu(visible.split(",")[number].strip() if visible else str(number),
                tuple(said["capabilities"][number]),
@@ -214,27 +214,31 @@ def _examine(nvcc: str, gpu: Gpu) -> Cuda:
     found = re.search(r"release (\d+)\.(\d+)", said)
     version = (int(found[1]), int(found[2])) if found else (0, 0)
     if not SUPPORTED[0] <= version < SUPPORTED[1]:
-        raise _Unusable(f"is CUDA {version[0]}.{version[1]}, Jittor compiles with 11, 12 and 13; "
+        raise _Unusable(f"is CUDA {_text(version)}, Jittor compiles with 11, 12 and 13; "
                         "install one of these beside it and set nvcc_path")
     _check_gpu(gpu, version)
     root = Path(nvcc).resolve().parents[1]
-    for library in LIBRARIES:
-        if not any(".so" in path.name for path in _libraries(root, (library,))):
-            raise _Unusable(f"has no lib{library}.so beside it; install the whole toolkit")
+    for file in (f"lib{name}.so" for name in LIBRARIES):
+        if not any(path.name.startswith(file) for path in _libraries(root, LIBRARIES)):
+            raise _Unusable(f"has no {file} beside it; install the whole toolkit")
     return Cuda(gpu, nvcc, version, _choose_compiler(nvcc))
 
 
 def _check_gpu(gpu: Gpu, version: Version) -> None:
     least = LEAST_CAPABILITY[version[0]]
     if gpu.capability < least:
-        raise _Unusable("compiles for GPUs of compute capability %d.%d or more, and this one has "
-                        "%d.%d; install an older CUDA" % (*least, *gpu.capability))
+        raise _Unusable(f"compiles for GPUs of compute capability {_text(least)} or more, and this "
+                        f"one has {_text(gpu.capability)}; install an older CUDA")
     # PTX of a newer version is not accepted; machine code of the same major version is.
     needs_ptx = gpu.capability > max(NEWEST_CAPABILITY.values())
     if gpu.driver < (version if needs_ptx else version[:1]):
-        raise _Unusable("is CUDA %d.%d, and the NVIDIA driver is for CUDA %d.%d; update the driver"
-                        " (CUDA 13: 580 or newer), or install an older CUDA"
-                        % (*version, *gpu.driver))
+        raise _Unusable(f"is CUDA {_text(version)}, and the NVIDIA driver is for CUDA "
+                        f"{_text(gpu.driver)}; update the driver (CUDA 13: 580 or newer), or "
+                        "install an older CUDA")
+
+
+def _text(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 def _choose_compiler(nvcc: str) -> str:

@@ -242,7 +242,7 @@ def _text(version: Version) -> str:
 
 
 def _choose_compiler(nvcc: str) -> str:
-    """The first g++ that nvcc accepts: cc_path, or the newest. Each nvcc refuses newer ones."""
+    """cc_path, or the first g++ that nvcc accepts: each nvcc refuses those newer than it knows."""
     asked = os.environ.get("cc_path")
     compilers = [asked] if asked else [name for name in COMPILERS if shutil.which(name)]
     newest = ""

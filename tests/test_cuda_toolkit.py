@@ -232,6 +232,25 @@ def test_the_folder_for_a_toolkit_with_another_layout(machine, monkeypatch, tmp_
     assert again is not None, reason
 
 
+RUNTIME = "int cudaGetDeviceCount(int* count) { if (!CODE) *count = 1; return CODE; }"
+
+
+@pytest.mark.parametrize("code", [0, 35])
+def test_a_runtime_that_finds_no_gpu_is_seen_before_jittor_crashes(machine, monkeypatch, tmp_path,
+                                                                   code):
+    monkeypatch.setenv("nvcc_path", machine()())
+    cuda, reason = find_cuda()
+    assert cuda is not None, reason
+    monkeypatch.undo()
+    subprocess.run(["cc", "-shared", "-fPIC", f"-DCODE={code}", "-x", "c", "-", "-o",
+                    tmp_path / "cuda/lib64/libcudart.so"], input=RUNTIME, text=True, check=True)
+    if code:
+        with pytest.raises(InputError, match=r"libcudart.so: .* finds no GPU \(error 35\)"):
+            cuda.check_runtime()
+    else:
+        cuda.check_runtime()
+
+
 def cuda_13() -> Path:
     """The nvcc of a real CUDA 13."""
     found = [*(Path(folder, "nvidia/cu13/bin/nvcc") for folder in sys.path),
@@ -281,3 +300,76 @@ def test_cuda_13_compiles_as_jittor_calls_it(layout, tmp_path):
                            env={**os.environ, "LD_LIBRARY_PATH": str(layout / "lib64")}).stdout
     assert "not found" not in found
     assert b".target sm_90" in (tmp_path / "op.so").read_bytes()
+
+
+# Stands in for one function of CUDA's runtime, so that Jittor starts though there is no GPU.
+NO_GPU = "int cudaGetDeviceCount(int* count) { *count = 0; return 100; }"
+COMPILE_ALL = """
+import ctypes
+import sys
+
+sys.path.insert(0, sys.argv[1])
+from runtime import backend, cuda_toolkit
+
+cuda_toolkit.Cuda.check_runtime = lambda cuda: None
+try:
+    backend.start("cuda", seed=1)
+except RuntimeError as error:  # it comes as far as the choice of the device
+    assert "No device found" in str(error), error
+import jittor as jt
+import numpy as np
+
+import lora
+import ops
+from config import GPT2Config, LoRAConfig
+from dataset import Batch
+from generator import Generator
+from model import GPT2LMModel
+from optimizer import AdamW, make_schedule
+from trainer import TrainOptions, Trainer
+
+use_cuda = ctypes.c_int.in_dll(ctypes.CDLL(jt.core.__file__), "_ZN6jittor8use_cudaE")
+jt.flags.use_cuda_host_allocator = 1
+model = GPT2LMModel(GPT2Config(2, 64, 1, 97, 32), LoRAConfig(2, 4, 0.5))
+lora.mark_only_lora_as_trainable(model)
+runner = Trainer(model, AdamW(lora.lora_state_dict(model)),
+                 make_schedule("linear", 0.01, 2, 40, [], []), TrainOptions(label_smooth=0.1))
+jt.sync_all()
+
+
+def compiles(run):
+    # All operators are compiled and loaded before the first one runs, which finds no GPU.
+    use_cuda.value = 1
+    try:
+        run()
+        raise AssertionError("this ran without a GPU")
+    except RuntimeError as error:
+        print("->", str(error)[-400:], flush=True)
+        assert "ompil" not in str(error), error
+    finally:
+        use_cuda.value = 0
+
+
+def validate():
+    with jt.no_grad():
+        model.completion_losses([((1, 2, 3), (4, 5)), ((1, 2, 3), (6,))])
+
+
+def generate():
+    generator = Generator(model)
+    logits, cache = generator.start(np.array([[1, 2, 3]]), np.array([3]), 2, 2)
+    cache.logits = jt.zeros(1)
+    cache.logits.sync()
+    logits = generator.step(np.array([4, 5]), np.array([0, 0]), cache)
+    ops.top_log_probs(logits, 4)
+
+
+ids = np.arange(16, dtype=np.int32).reshape(2, 8)
+compiles(lambda: runner.backward([Batch(ids, ids, np.ones((2, 8), np.float32))]))
+runner.gradients = {name: p * 0 for name, p in runner.optimizer.parameters.items()}
+jt.sync(list(runner.gradients.values()))
+compiles(runner.step)
+model.eval()
+compiles(validate)
+compiles(generate)
+"""

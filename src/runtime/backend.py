@@ -64,6 +64,8 @@ def start(device: str = "auto", seed: int | None = None) -> str:
             _prepare_environment(cuda)
             if "jittor" not in sys.modules:
                 memory.require(START_MEMORY, "free some, or raise the limit (ulimit -v)")
+                if cuda:
+                    cuda.check_runtime()
                 compiling.watch()
             jt = _import_jittor(cuda)
     except SystemExit:  # Jittor rebuilt its loader (another compiler or Python): start again
@@ -78,26 +80,16 @@ def start(device: str = "auto", seed: int | None = None) -> str:
         processes.check_same({"device": "cuda" if cuda else "cpu"})
     # Code compiled with -Ofast flushes subnormal numbers to zero, about which NumPy warns.
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
-    jt.flags.use_cuda = 0
-    if cuda:
-        _use_cuda(jt, cuda)
+    # Without these libraries, Jittor says nothing and multiplies by slow loops.
+    if cuda and not (jt.compile_extern.cublas_ops and jt.compile_extern.curand_ops):
+        raise InputError(f"{cuda.nvcc}: Jittor cannot load cuBLAS or cuRAND of this toolkit, "
+                         "log_silent=0 shows why; install the whole toolkit, or use --device cpu")
+    jt.flags.use_cuda = int(cuda is not None)
     if seed is not None:
         jt.set_global_seed(seed, different_seed_for_mpi=False)  # the same weights in all processes
     gc.freeze()  # Python's collector then skips what start-up made: 4 % of a training step
     log(f"device: CUDA ({cuda.nvcc})" if cuda else f"device: CPU ({obstacle})")
     return "cuda" if cuda else "cpu"
-
-
-def _use_cuda(jt, cuda: Cuda) -> None:
-    # Jittor says nothing, and multiplies by slow loops.
-    if not (jt.compile_extern.cublas_ops and jt.compile_extern.curand_ops):
-        raise InputError(f"{cuda.nvcc}: Jittor cannot load cuBLAS or cuRAND of this toolkit, "
-                         "log_silent=0 shows why; install the whole toolkit, or use --device cpu")
-    try:
-        jt.flags.use_cuda = 1
-    except RuntimeError:
-        raise InputError(f"{cuda.nvcc}: the runtime of this toolkit finds no GPU, though the "
-                         "driver has one; update the driver, or use --device cpu") from None
 
 
 def plain(path: str) -> str:

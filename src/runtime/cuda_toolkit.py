@@ -8,6 +8,7 @@ other folders and names, and CUDA 13 needs C++17 and lacks two members of a stru
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Iterator
 
 from runtime import processes
+from runtime.errors import InputError
 
 Version = tuple[int, int]
 
@@ -93,6 +95,16 @@ class Cuda:
             variables["nvcc_flags"] = f"{os.environ.get('nvcc_flags', '')} -code=compute_" \
                                       f"{newest[0]}{newest[1]} "
         return variables
+
+    def check_runtime(self) -> None:
+        """Raises InputError if the toolkit's own library finds no GPU. Jittor would crash."""
+        library, *_ = _libraries(Path(self.nvcc).resolve().parents[1], ("cudart.so",))
+        count = ctypes.c_int(0)
+        error = ctypes.CDLL(str(library)).cudaGetDeviceCount(ctypes.byref(count))
+        if error or not count.value:
+            raise InputError(f"{library}: this library of CUDA {_text(self.version)} finds no GPU "
+                             f"(error {error}), though the driver has one; update the driver, or "
+                             "use --device cpu")
 
     def _suits_jittor(self) -> bool:
         if self.version >= (13, 0):

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # The other scripts source this file. Afterwards `python` has every package of requirement.txt.
-# This takes about a minute the first time, and a few milliseconds from then on.
+# This takes about a minute the first time, and a tenth of a second from then on.
 #
 # If the active virtual or conda environment has all packages, it is used as it is. Else .venv beside
 # this file is made and used. SETUP_ENV=active installs into the active environment instead, and
@@ -10,13 +10,17 @@
 # If the compiler, Java, or (with NPROC above 1) Open MPI is missing, root installs it through
 # apt-get; for other users, an error message names it.
 #
+# If an NVIDIA driver finds a GPU that CUDA 13 supports and no CUDA toolkit for it can be used, a
+# toolkit is installed by pip (requirement-cuda.txt, 0.7 GB). SETUP_CUDA=1 always installs it,
+# SETUP_CUDA=0 never; neither is it with DEVICE=cpu.
+#
 # A set-up may be killed at any moment: the file .begun-WORK exists in the environment while WORK
 # (venv, apt, or the name of a requirement file) is being done. If the next start finds it, that
 # work is done again.
 
 set -euo pipefail
 
-setup_file="${setup_extra:-requirement.txt}"
+setup_files=(requirement.txt ${setup_extra:+"$setup_extra"})
 setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 setup_python_tried="3.11 3.10 3.9 3.12"  # the first is preferred
 setup_gxx_tried="12"
@@ -61,12 +65,14 @@ setup_unlock_environment() {
     setup_environment_lock=""
 }
 
-# The lines of a requirement file and of the files that it includes.
-setup_requirements() {  # FILE
-    local line
-    while read -r line || [[ -n "$line" ]]; do  # the last line may have no line end
-        if [[ "$line" == "-r "* ]]; then setup_requirements "${line#-r }"; else echo "$line"; fi
-    done < "$setup_root/$1"
+# The lines of requirement files and of the files that they include.
+setup_requirements() {  # FILE...
+    local file line
+    for file; do
+        while read -r line || [[ -n "$line" ]]; do  # the last line may have no line end
+            if [[ "$line" == "-r "* ]]; then setup_requirements "${line#-r }"; else echo "$line"; fi
+        done < "$setup_root/$file"
+    done
 }
 
 # Prints the requirements that PYTHON's packages do not meet. Fails if PYTHON does not run.
@@ -109,7 +115,7 @@ setup_choose_environment() {
         [[ -n "$active" && ! "$active" -ef "$setup_environment" ]] || return 0
         "$active/bin/python" -c "" 2> /dev/null ||
             setup_fail "$active/bin/python does not run; repair or deactivate it"
-        unmet="$(setup_unmet "$active/bin/python" "$(setup_requirements "$setup_file")" \
+        unmet="$(setup_unmet "$active/bin/python" "$(setup_requirements "${setup_files[@]}")" \
             2> /dev/null)" || unmet="its Python is too old"
         for begun in "$active"/.begun-*; do  # of a set-up with SETUP_ENV=active that was killed
             [[ ! -e "$begun" ]] || unmet+=" (a set-up broke off)"
@@ -118,8 +124,9 @@ setup_choose_environment() {
             setup_environment="$active"
             setup_is_ready=yes
         else
-            setup_say "$active does not have the packages of $setup_file (${unmet//$'\n'/, });" \
-                "using $setup_environment, or set SETUP_ENV=active to install into the active one"
+            setup_say "$active does not have the packages of ${setup_files[*]}" \
+                "(${unmet//$'\n'/, }); using $setup_environment, or set SETUP_ENV=active to" \
+                "install into the active one"
         fi ;;
     *) echo "error: SETUP_ENV=$SETUP_ENV: must be auto, active or own" >&2; exit 2 ;;
     esac
@@ -282,6 +289,28 @@ setup_install_packages() {  # TIME FILE
     setup_unlock_environment
 }
 
+# Adds requirement-cuda.txt to setup_files if a GPU lacks it, or if its installation has begun.
+setup_look_for_gpu() {
+    local obstacle
+    if compgen -G "$setup_environment/.*-requirement-cuda.txt" > /dev/null; then
+        setup_files+=(requirement-cuda.txt)
+        return
+    fi
+    obstacle="$(python - "$setup_root/src" <<'END'
+import sys
+sys.path.insert(0, sys.argv[1])
+from runtime.cuda_toolkit import needs_wheels
+print(needs_wheels())
+END
+    )"
+    if [[ -n "$obstacle" && -n "$setup_is_ready" ]]; then
+        setup_say "$obstacle; SETUP_CUDA=1 makes $setup_root/.venv with CUDA 13"
+    elif [[ -n "$obstacle" ]]; then
+        setup_say "$obstacle; so CUDA 13 comes by pip (SETUP_CUDA=0 goes on without it)"
+        setup_files+=(requirement-cuda.txt)
+    fi
+}
+
 setup_is_made() {
     [[ ! -e "$setup_environment/.begun-venv" ]] && "$setup_environment/bin/python" -c "" 2> /dev/null
 }
@@ -300,7 +329,12 @@ setup_make_environment() {  # PYTHON
 }
 
 setup_main() {
-    local python base="" version part need=()
+    local python base="" version part file need=()
+    case "${SETUP_CUDA:-auto}" in
+    auto | 0) ;;
+    1) setup_files+=(requirement-cuda.txt) ;;
+    *) echo "error: SETUP_CUDA=$SETUP_CUDA: must be auto, 1 or 0" >&2; exit 2 ;;
+    esac
     setup_choose_environment
     python="$setup_environment/bin/python"
     if [[ -s "$setup_environment/.begun-apt" ]]; then
@@ -329,12 +363,16 @@ setup_main() {
     fi
     setup_is_made || setup_make_environment "${base:-$(setup_find_python)}"
     export PATH="$setup_environment/bin:$PATH"
+    [[ "${SETUP_CUDA:-auto}${DEVICE:-auto}" != autoauto ]] || setup_look_for_gpu
     [[ -z "$setup_is_ready" ]] || return 0
     [[ -f "$setup_environment/.installed-requirement.txt" ]] || setup_warn_of_untried
-    setup_install_packages "about a minute" requirement.txt
-    if [[ "$setup_file" != requirement.txt ]]; then
-        setup_install_packages "a few minutes, PyTorch is among them" "$setup_file"
-    fi
+    for file in "${setup_files[@]}"; do
+        case "$file" in
+        requirement.txt) setup_install_packages "about a minute" "$file" ;;
+        requirement-cuda.txt) setup_install_packages "a few minutes, 0.7 GB" "$file" ;;
+        *) setup_install_packages "a few minutes, PyTorch is among them" "$file" ;;
+        esac
+    done
 }
 
 setup_main

@@ -25,6 +25,32 @@ ROOT = Path(__file__).resolve().parents[1]
 # machine, the many small operators of these tests run several times as fast.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+# libcuda.so.1, which says what STAND_IN_DRIVER holds: "13000 75 89" is a driver for CUDA 13.0 with
+# two GPUs, of compute capabilities 7.5 and 8.9.
+DRIVER = """
+#include <stdlib.h>
+#include <string.h>
+static char* said(int word) {  /* the word of STAND_IN_DRIVER, or 0 */
+    static char text[99];
+    strcpy(text, getenv("STAND_IN_DRIVER"));
+    char* found = strtok(text, " ");
+    while (word--) found = strtok(0, " ");
+    return found;
+}
+int cuInit(unsigned flags) {
+    if (!strcmp(said(0), "crash")) abort();
+    return said(1) ? 0 : 100;
+}
+int cuDeviceGetCount(int* count) { for (*count = 0; said(*count + 1); ++*count); return 0; }
+int cuDriverGetVersion(int* version) { return *version = atoi(said(0)), *version == 0; }
+int cuDeviceGet(int* device, int number) { *device = 1000 + number; return 0; }
+int cuDeviceGetAttribute(int* value, int which, int device) {
+    int capability = atoi(said(device - 1000 + 1));
+    *value = which == 75 ? capability / 10 : which == 76 ? capability % 10 : -1;
+    return 0;
+}
+"""
+
 
 def pytest_addoption(parser):
     parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
@@ -110,6 +136,16 @@ def torch_side(tmp_path_factory):
     yield call
     process.terminate()  # closing its stdin is not enough: Jittor's compiling processes hold it too
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """A folder for LD_LIBRARY_PATH, with a library that stands in for NVIDIA's driver."""
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "cuda.c").write_text(DRIVER)
+    subprocess.run(["cc", "-shared", "-fPIC", folder / "cuda.c", "-o", folder / "libcuda.so.1"],
+                   check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ FILES = ["test_ops.py", "test_model.py", "test_lora.py", "test_optimizer.py",
 @pytest.mark.parametrize("switch", ["plain", "kernels"])
 @pytest.mark.parametrize("file", FILES)
 def test_on_a_gpu(root, file, switch):
-    nvcc, obstacle = backend.find_cuda()
-    if nvcc is None:
+    cuda, obstacle = backend.find_cuda()
+    if cuda is None:
         pytest.skip(obstacle)
     environment = {**os.environ, "TEST_DEVICE": "cuda", "OPS_CUDA": switch}
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", f"tests/{file}"], cwd=root,

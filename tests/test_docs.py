@@ -375,11 +375,11 @@ READ_BY = {
     "download_pretrained_checkpoints.sh": (["download_pretrained_checkpoints.sh",
                                             "pretrained_checkpoints/*.py"], set()),
     "align/base.sh": (["align/base.sh"], set()),
-    "setup.sh": (["setup.sh"], {"NPROC", "CONDA_DEFAULT_ENV", "PATH"}),
+    "setup.sh": (["setup.sh"], {"NPROC", "DEVICE", "CONDA_DEFAULT_ENV", "PATH"}),
     "run_tests.sh": (["run_tests.sh", "tests/*.py"], {"PATH", "use_mkl", "OMP_WAIT_POLICY"}),
     "src/gpt2_ft.py": (["src/**/*.py"], {
         "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_RANK",
-        "PMIX_SERVER_TMPDIR",
+        "OMPI_COMM_WORLD_LOCAL_RANK", "PMIX_SERVER_TMPDIR",
         "python_config_path", "use_mkl"}),
 }
 

@@ -78,7 +78,8 @@ class Machine:
             cwd=self.repository, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={"PATH": str(self.bin), "HOME": str(self.folder), "CALLS": str(self.calls),
-                 "REAL_PYTHON": sys.executable, **{k: str(v) for k, v in variables.items()}})
+                 "REAL_PYTHON": sys.executable, "SETUP_CUDA": "0",
+                 **{k: str(v) for k, v in variables.items()}})
 
     def start(self, **variables):
         process = self.popen(**variables)
@@ -399,6 +400,49 @@ def test_pytorch_for_the_cpu_is_installed_first(machine):
     assert machine.noted() == ["venv"] + ["pip"] * 5
 
 
+@pytest.fixture
+def gpu(machine, root, driver):
+    """The variables of a machine with a GPU whose CUDA toolkits, if any, cannot be used."""
+    (machine.repository / "requirement-cuda.txt").write_text("cuda==13.0\n")
+    (machine.repository / "src").symlink_to(root / "src")
+    return {"SETUP_CUDA": "auto", "LD_LIBRARY_PATH": driver, "STAND_IN_DRIVER": "13000 89",
+            "cc_path": machine.folder / "none"}
+
+
+def test_cuda_is_installed_where_a_gpu_needs_it(machine, gpu):
+    for variables in ({"SETUP_CUDA": 0}, {"DEVICE": "cpu"}, {"LD_LIBRARY_PATH": ""},
+                      {"STAND_IN_DRIVER": "12080 89"}, {"STAND_IN_DRIVER": "13000 70"}):
+        result = machine.start(**{**gpu, **variables})
+        assert result.returncode == 0 and "CUDA 13" not in result.stderr, result.stderr
+    assert machine.noted() == ["venv", "pip"]
+    result = machine.start(**gpu)
+    assert result.returncode == 0, result.stderr
+    said, = [line for line in result.stderr.splitlines() if "SETUP_CUDA=0" in line]
+    assert said.startswith("setup: a GPU, but ")
+    assert machine.calls.read_text().endswith("-r %s/requirement-cuda.txt\n" % machine.repository)
+    assert machine.noted() == ["venv", "pip", "pip"]
+    # From now on it belongs to the environment, and is completed where pip was killed.
+    assert machine.start(**{**gpu, "LD_LIBRARY_PATH": ""}).stderr == ""
+    (machine.repository / ".venv/.begun-requirement-cuda.txt").touch()
+    assert machine.start(**{**gpu, "LD_LIBRARY_PATH": ""}).returncode == 0
+    assert machine.noted() == ["venv", "pip", "pip", "pip"]
+
+
+def test_cuda_is_installed_where_setup_cuda_asks_for_it(machine, gpu):
+    active = {"VIRTUAL_ENV": machine.environment("active")}
+    assert machine.start(**active, SETUP_CUDA="0").stdout.endswith("active/bin/python\n")
+    result = machine.start(**active, **gpu)
+    assert result.stdout.endswith("active/bin/python\n") and "SETUP_CUDA=1" in result.stderr
+    assert machine.noted() == []  # an environment that is used as it is gets nothing
+    for _ in range(2):
+        result = machine.start(**active, SETUP_CUDA="1")
+        assert result.stdout.endswith(".venv/bin/python\n") and "cuda==13.0" in result.stderr
+        assert machine.noted() == ["venv", "pip", "pip"]
+    result = machine.start(SETUP_CUDA="yes")
+    assert (result.returncode, result.stderr) == (
+        2, "error: SETUP_CUDA=yes: must be auto, 1 or 0\n")
+
+
 def test_condas_own_and_vanished_environments_are_not_used(machine):
     base = machine.environment("conda")
     result = machine.start(CONDA_PREFIX=base, CONDA_DEFAULT_ENV="base", VIRTUAL_ENV="/nowhere")
@@ -500,7 +544,8 @@ def test_untried_versions_get_a_warning_the_first_time(machine):
     assert machine.start().stderr == ""
 
 
-@pytest.mark.parametrize("name", ["requirement.txt", "requirement-test.txt"])
+@pytest.mark.parametrize("name", ["requirement.txt", "requirement-test.txt",
+                                  "requirement-cuda.txt"])
 def test_requirements_are_exact(root, name):
     for line in (root / name).read_text().splitlines():
         assert re.match(r"(#|-r requirement\.txt$|[\w.-]+==[\w.]+( ; .+)?$|$)", line), line

@@ -1,16 +1,15 @@
 """Chooses the device and imports Jittor; nothing else may import Jittor first.
 
 Jittor reads environment variables and downloads libraries while it is imported, so this module sets
-them before: the device, oneDNN for fast matrix products on the CPU, the level of Jittor's log, and
-the folder and name of its cache of compiled operators. Jittor's commands are cut at a blank in a
-path, so it gets only paths without one (see :func:`plain`). Scripts call :func:`start` after they
-have parsed their flags, and only then import modules that need Jittor; so ``--help`` and errors in
-flags are instant.
+them before: the device (see :mod:`runtime.cuda_toolkit`), oneDNN for fast matrix products on the
+CPU, the level of Jittor's log, and the folder and name of its cache of compiled operators. Jittor's
+commands are cut at a blank in a path, so it gets only paths without one (see :func:`plain`).
+Scripts call :func:`start` after they have parsed their flags, and only then import modules that
+need Jittor; so ``--help`` and errors in flags are instant.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import hashlib
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Iterator, NoReturn
 
 from runtime import compiling, memory, processes
+from runtime.cuda_toolkit import Cuda, find_cuda
 from runtime.errors import InputError
 from runtime.progress import log
 
@@ -41,7 +41,6 @@ ONEDNN_FOLDER = "dnnl_lnx_2.2.0_cpu_gomp"
 START_MEMORY = 300 << 20  # bytes that Jittor's import needs at least; with less, it can hang
 LINKS = ("/var/tmp", "/tmp")  # where plain() may put its links
 NOT_PLAIN = r"[^A-Za-z0-9/._+@%=~-]"  # what a shell or an option of the compiler may cut or change
-SUPPORTED_CUDA = (11, 0), (13, 0)  # from, below: the toolkits whose headers Jittor 1.3.11 compiles
 
 
 def start(device: str = "auto", seed: int | None = None) -> str:
@@ -51,20 +50,24 @@ def start(device: str = "auto", seed: int | None = None) -> str:
     the reason. Raises InputError if ``device`` is cuda and cannot be used, or if Jittor cannot be
     built.
     """
-    nvcc, obstacle = find_cuda() if device != "cpu" else (None, "as asked by --device cpu")
-    if device == "cuda" and nvcc is None:
+    cuda, obstacle = find_cuda() if device != "cpu" else (None, "as asked by --device cpu")
+    if device == "cuda" and cuda is None:
         raise InputError(f"--device cuda: {obstacle}; use --device cpu, or repair that")
     if "jittor" not in sys.modules:
         sys.path[:] = map(plain, map(os.fspath, sys.path))
         sys.executable = plain(sys.executable)
     home = _find_home()
     try:
-        with _environment(HOME=home, JITTOR_HOME=home):
-            _prepare_environment(nvcc)
+        # An empty nvcc_path gives a CPU build even if an nvcc is on the PATH.
+        with _environment(HOME=home, JITTOR_HOME=home, **(
+                cuda.environment(Path(home, ".cache/jittor/cuda")) if cuda else {"nvcc_path": ""})):
+            _prepare_environment(cuda)
             if "jittor" not in sys.modules:
                 memory.require(START_MEMORY, "free some, or raise the limit (ulimit -v)")
+                if cuda:
+                    cuda.check_runtime()
                 compiling.watch()
-            jt = _import_jittor(on_cuda=nvcc is not None)
+            jt = _import_jittor(cuda)
     except SystemExit:  # Jittor rebuilt its loader (another compiler or Python): start again
         compiling.unwatch()
         os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
@@ -73,40 +76,20 @@ def start(device: str = "auto", seed: int | None = None) -> str:
     jt.flags.python_path = "${IFS}".join(
         ("env", f"HOME={home}", f"JITTOR_HOME={home}", _python()))
     processes.check_world()
+    if device == "auto":
+        processes.check_same({"device": "cuda" if cuda else "cpu"})
     # Code compiled with -Ofast flushes subnormal numbers to zero, about which NumPy warns.
     warnings.filterwarnings("ignore", message="The value of the smallest subnormal")
-    jt.flags.use_cuda = int(nvcc is not None)
+    # Without these libraries, Jittor says nothing and multiplies by slow loops.
+    if cuda and not (jt.compile_extern.cublas_ops and jt.compile_extern.curand_ops):
+        raise InputError(f"{cuda.nvcc}: Jittor cannot load cuBLAS or cuRAND of this toolkit, "
+                         "log_silent=0 shows why; install the whole toolkit, or use --device cpu")
+    jt.flags.use_cuda = int(cuda is not None)
     if seed is not None:
         jt.set_global_seed(seed, different_seed_for_mpi=False)  # the same weights in all processes
     gc.freeze()  # Python's collector then skips what start-up made: 4 % of a training step
-    log(f"device: CUDA ({nvcc})" if nvcc else f"device: CPU ({obstacle})")
-    return "cuda" if nvcc else "cpu"
-
-
-def find_cuda() -> tuple[str | None, str]:
-    """(path of nvcc, "") where Jittor can use a GPU, else (None, the reason why not)."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None, "no NVIDIA driver found"
-    count = ctypes.c_int(0)
-    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
-    if failed or not count.value:
-        return None, "the NVIDIA driver finds no GPU"
-    nvcc = os.environ.get("nvcc_path") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not os.access(nvcc, os.X_OK):
-        return None, "a GPU, but no nvcc; install a CUDA toolkit 12.x"
-    found = re.search(r"release (\d+)\.(\d+)",
-                      subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    version = tuple(map(int, found.groups())) if found else (0, 0)
-    if not SUPPORTED_CUDA[0] <= version < SUPPORTED_CUDA[1]:
-        return None, (f"a GPU, but {nvcc} is CUDA {version[0]}.{version[1]} and Jittor compiles "
-                      "with 11.x and 12.x; install one beside it and set nvcc_path")
-    toolkit = Path(nvcc).resolve().parents[1]
-    for library in ("libcudart.so", "libcublas.so", "libcurand.so"):  # what Jittor insists on
-        if not [*toolkit.glob(f"lib64/{library}*"), *toolkit.glob(f"lib/*/{library}*")]:
-            return None, f"a GPU, but no {library} beside {nvcc}; install the whole CUDA toolkit"
-    return nvcc, ""
+    log(f"device: CUDA ({cuda.nvcc})" if cuda else f"device: CPU ({obstacle})")
+    return "cuda" if cuda else "cpu"
 
 
 def plain(path: str) -> str:
@@ -182,7 +165,7 @@ def _python() -> str:
     return python if os.access(python, os.X_OK) else sys.executable
 
 
-def _cache_name(compiler: str) -> str:
+def _cache_name(compiler: str, cuda: Cuda | None) -> str:
     """The name of Jittor's cache: a hash of what the keys of compiled operators contain.
 
     In a cache that two environments share, each would compile again over the other's operators.
@@ -190,11 +173,11 @@ def _cache_name(compiler: str) -> str:
     jittor = importlib.util.find_spec("jittor")
     version = subprocess.run([compiler, "--version"], capture_output=True).stdout
     parts = (jittor and jittor.origin, _python(), sysconfig.get_path("include"),
-             shutil.which(compiler), version)
+             shutil.which(compiler), version, *([cuda.nvcc, cuda.gpu.capability] if cuda else []))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
-def _prepare_environment(nvcc: str | None) -> None:
+def _prepare_environment(cuda: Cuda | None) -> None:
     try:
         multiprocessing.Lock()  # as those of Jittor's compiler processes
     except OSError as error:
@@ -213,17 +196,17 @@ def _prepare_environment(nvcc: str | None) -> None:
     if threads.isdecimal() and int(threads) > most:
         raise InputError(f"OMP_NUM_THREADS={threads}: more than 16 threads for each core of this "
                          "machine; set a smaller number")
-    # An empty nvcc_path gives a CPU build even if an nvcc is installed on a machine without a GPU.
-    os.environ["nvcc_path"] = nvcc or ""
     _prepare_mpi()
     # Ctrl-C while Jittor is imported is left to Python, as in a Jupyter notebook.
     os.environ["JPY_PARENT_PID"] = ""
     # No cuDNN, cuFFT, cuSPARSE: GPT-2 needs none of them.
     os.environ["conv_opt"] = "1"
+    # Jittor would download these. Sums over processes then go through the memory of the host.
+    os.environ.update(use_nccl="0", use_cutt="0", use_cutlass="0")
     os.environ.setdefault("log_silent", "1")  # no information and warnings, only errors
     # Jittor's 16 compilers at once are too many for a machine with fewer cores.
     os.environ.setdefault("use_parallel_op_compiler", str(min(16, len(os.sched_getaffinity(0)))))
-    os.environ.setdefault("cache_name", _cache_name(compiler))
+    os.environ.setdefault("cache_name", _cache_name(compiler, cuda))
     os.environ.setdefault("use_mkl", "1" if _provide_onednn() else "0")
 
 
@@ -271,8 +254,8 @@ def _provide_onednn() -> bool:
     return True
 
 
-def _import_jittor(on_cuda: bool):
-    import jittor_utils
+def _import_jittor(cuda: Cuda | None):
+    import jittor_utils.install_cuda
 
     if "python_config_path" not in os.environ:  # Jittor would look for it, and cut its output
         jittor_utils._py3_include_path = " ".join(
@@ -283,7 +266,7 @@ def _import_jittor(on_cuda: bool):
     jittor_lock.lock()
     cache = Path(jittor_utils.cache_path)
     compiling.discard_unfinished(cache)
-    if not any(cache.glob("*/jittor_core*.so" if on_cuda else "jittor_core*.so")):
+    if not any(cache.glob("*/jittor_core*.so" if cuda else "jittor_core*.so")):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")
     # Jittor installs handlers: on Ctrl-C and when a child is killed or stopped, they end this
     # process; on a segmentation fault they try to, and often hang. Python's are put back below;
@@ -298,6 +281,8 @@ def _import_jittor(on_cuda: bool):
     realpath = os.path.realpath  # with it, Jittor would resolve the links of plain()
     os.path.realpath = lambda path, **options: plain(  # type: ignore[assignment]
         realpath(path, **options))
+    # A toolkit that an earlier Jittor has downloaded would be completed by another download.
+    jittor_utils.install_cuda.has_installation = lambda: False
     try:
         import jittor
     except Exception as error:  # a failed build raises exceptions of any type

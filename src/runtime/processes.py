@@ -37,6 +37,11 @@ def local_size() -> int:
     return _integer(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""), 1)
 
 
+def local_rank() -> int:
+    """The number of this process among those on this machine, from 0."""
+    return _integer(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", ""), 0)
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return _integer(os.environ.get("OMPI_COMM_WORLD_RANK", ""), 0)

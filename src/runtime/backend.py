@@ -307,9 +307,7 @@ def _import_jittor(on_cuda: bool):
             raise MemoryError from None
         if isinstance(error, InputError):
             raise
-        reason = (str(error).strip().splitlines() or ["unknown"])[-1]
-        raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
-                         "errors in docs/running.md") from None
+        raise InputError(_why_not_built(error, cache)) from None
     finally:
         os.path.realpath = realpath
     compiling.end_pool()
@@ -320,6 +318,27 @@ def _import_jittor(on_cuda: bool):
     if interrupts:
         raise KeyboardInterrupt
     return jittor
+
+
+def _why_not_built(error: Exception, cache: Path) -> str:
+    """What Jittor's import failed at, and the remedy."""
+    if not str(error):  # Jittor does not say why the first library that it compiles is not loaded
+        try:
+            for library in cache.glob("jit_utils_core*.so"):
+                ctypes.CDLL(str(library))
+        except OSError as unloadable:
+            error = unloadable
+    reason = (str(error).strip().splitlines() or ["unknown"])[-1]
+    found = re.search(r"(\S+): version `((?:GLIBCXX|CXXABI)_\S+)' not found", reason)
+    if found:
+        compiler = os.environ.get("cc_path", "g++")
+        version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True)
+        return (f"{found[1]} lacks {found[2]}, it is older than {compiler} "
+                f"{version.stdout.strip()}, with which Jittor was compiled; set cc_path to an "
+                "older g++, e.g. g++-12, or let Python load a newer library (conda install -c "
+                "conda-forge libstdcxx-ng, or unset LD_LIBRARY_PATH)")
+    return (f"Jittor cannot be built on this machine: {reason}; see the table of errors in "
+            "docs/running.md")
 
 
 def _interrupt(interrupts: list[int], number: int, _frame) -> NoReturn:

@@ -75,9 +75,9 @@ run_experiment() {  # FOLDER PYTHON G++ SURROUNDINGS RESULTS
     home) variables=(JITTOR_HOME="$home") home=/sys ;;
     esac
     [[ -x "$1/.venv/bin/python" ]] || "$2" -m venv "$1/.venv"
-    env -u VIRTUAL_ENV -u CONDA_PREFIX -u JITTOR_HOME HOME="$home" cc_path="$3" DEVICE=cpu \
-        OMP_NUM_THREADS=1 RESUME=no BASE_STEPS=40 BATCH_SIZE=40 "${variables[@]}" \
-        bash "$1/work.sh" demo
+    env -u VIRTUAL_ENV -u CONDA_PREFIX -u JITTOR_HOME HOME="$home" cc_path="$3" \
+        PIP_CACHE_DIR="$work/pip-$system" OMP_NUM_THREADS=1 DEVICE=cpu RESUME=no \
+        BASE_STEPS=40 BATCH_SIZE=40 "${variables[@]}" bash "$1/work.sh" demo
     cp "$1"/data/demo/work/{train,test}.jsonl "$5"
     for file in {base,lora}{.jsonl,_scores.txt} {.,base}/metrics.csv; do
         cp "$1/trained_models/demo/$file" "$5/${file//\//_}"

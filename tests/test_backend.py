@@ -137,6 +137,14 @@ def test_matrix_products_are_onednn_ones(jittor):
     assert compile_extern.mkl_ops is not None
 
 
+def test_numpy_2_is_refused(monkeypatch):
+    """Jittor copies another number of bytes than its arrays have, without any message."""
+    for version in ("2.0.0rc1", "2.2.6"):
+        monkeypatch.setattr(np, "__version__", version)
+        with pytest.raises(InputError, match=f"NumPy {version}: .*pip install -r"):
+            backend._prepare_environment(None)
+
+
 def test_what_ends_a_start(root, tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import backend, script; " \
            "script.run(lambda: backend.start('cpu'))"

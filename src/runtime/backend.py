@@ -195,6 +195,11 @@ def _cache_name(compiler: str) -> str:
 
 
 def _prepare_environment(nvcc: str | None) -> None:
+    import numpy
+
+    if int(numpy.__version__.split(".")[0]) > 1:
+        raise InputError(f"NumPy {numpy.__version__}: Jittor takes wrong numbers from its arrays; "
+                         "pip install -r requirement.txt")
     try:
         multiprocessing.Lock()  # as those of Jittor's compiler processes
     except OSError as error:

@@ -75,6 +75,14 @@ def test_matrix_products_are_onednn_ones(jittor):
     assert compile_extern.mkl_ops is not None
 
 
+def test_numpy_2_is_refused(monkeypatch):
+    """Jittor copies another number of bytes than its arrays have, without any message."""
+    for version in ("2.0.0rc1", "2.2.6"):
+        monkeypatch.setattr(np, "__version__", version)
+        with pytest.raises(InputError, match=f"NumPy {version}: .*pip install -r"):
+            backend._prepare_environment(None)
+
+
 def test_what_ends_a_start(root, tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import backend, script; " \
            "script.run(lambda: backend.start('cpu'))"
@@ -132,3 +140,39 @@ def test_signals_mean_what_python_makes_of_them(jittor, root):
                              text=True)
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith("interrupted as usual\n")
+
+
+IMPORT = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from pathlib import Path
+import jittor_utils
+from runtime import backend, script
+jittor_utils.cache_path = sys.argv[2]
+script.run(lambda: backend._import_jittor(on_cuda=False))
+"""
+
+
+@pytest.mark.parametrize("version", ["GLIBCXX_3.4.99", "CXXABI_9.9"])
+def test_a_library_older_than_the_compiler_is_named(root, tmp_path, version):
+    """As in a conda environment: what the compiler links with is newer than what Python loads."""
+    newer = tmp_path / "newer/libstdc++.so.6"
+    newer.parent.mkdir()
+    (tmp_path / "map").write_text(f"{version} {{ future; }};\n")
+    for output, source, options in (
+            (newer, "void future() {}", ["-Wl,-soname,libstdc++.so.6",
+                                         f"-Wl,--version-script={tmp_path}/map"]),
+            (tmp_path / "jit_utils_core.so", "void future(); void call() { future(); }", [newer])):
+        subprocess.run(["g++", "-x", "c", "-", "-x", "none", "-shared", "-fPIC", "-nostdlib",
+                        "-o", output, *options], input=source, text=True, check=True)
+    (tmp_path / "jittor.py").write_text("assert False")  # as Jittor does then
+    process = subprocess.run([sys.executable, "-c", IMPORT, root / "src", tmp_path],
+                             capture_output=True, text=True)
+    assert process.returncode == 1
+    assert re.fullmatch(rf"error: \S*/libstdc\+\+\.so\.6 lacks {version}, it is older than "
+                        r"\S*g\+\+ \d[\d.]+, .*set cc_path to an older g.*conda install.*\n",
+                        process.stderr)
+    (tmp_path / "jit_utils_core.so").unlink()
+    process = subprocess.run([sys.executable, "-c", IMPORT, root / "src", tmp_path],
+                             capture_output=True, text=True)
+    assert process.stderr.startswith("error: Jittor cannot be built on this machine: unknown; see")

@@ -178,6 +178,11 @@ def _cache_name(compiler: str, cuda: Cuda | None) -> str:
 
 
 def _prepare_environment(cuda: Cuda | None) -> None:
+    import numpy
+
+    if int(numpy.__version__.split(".")[0]) > 1:
+        raise InputError(f"NumPy {numpy.__version__}: Jittor takes wrong numbers from its arrays; "
+                         "pip install -r requirement.txt")
     try:
         multiprocessing.Lock()  # as those of Jittor's compiler processes
     except OSError as error:
@@ -292,9 +297,7 @@ def _import_jittor(cuda: Cuda | None):
             raise MemoryError from None
         if isinstance(error, InputError):
             raise
-        reason = (str(error).strip().splitlines() or ["unknown"])[-1]
-        raise InputError(f"Jittor cannot be built on this machine: {reason}; see the table of "
-                         "errors in docs/running.md") from None
+        raise InputError(_why_not_built(error, cache)) from None
     finally:
         os.path.realpath = realpath
     compiling.end_pool()
@@ -305,6 +308,27 @@ def _import_jittor(cuda: Cuda | None):
     if interrupts:
         raise KeyboardInterrupt
     return jittor
+
+
+def _why_not_built(error: Exception, cache: Path) -> str:
+    """What Jittor's import failed at, and the remedy."""
+    if not str(error):  # Jittor does not say why the first library that it compiles is not loaded
+        try:
+            for library in cache.glob("jit_utils_core*.so"):
+                ctypes.CDLL(str(library))
+        except OSError as unloadable:
+            error = unloadable
+    reason = (str(error).strip().splitlines() or ["unknown"])[-1]
+    found = re.search(r"(\S+): version `((?:GLIBCXX|CXXABI)_\S+)' not found", reason)
+    if found:
+        compiler = os.environ.get("cc_path", "g++")
+        version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, text=True)
+        return (f"{found[1]} lacks {found[2]}, it is older than {compiler} "
+                f"{version.stdout.strip()}, with which Jittor was compiled; set cc_path to an "
+                "older g++, e.g. g++-12, or let Python load a newer library (conda install -c "
+                "conda-forge libstdcxx-ng, or unset LD_LIBRARY_PATH)")
+    return (f"Jittor cannot be built on this machine: {reason}; see the table of errors in "
+            "docs/running.md")
 
 
 def _interrupt(interrupts: list[int], number: int, _frame) -> NoReturn:

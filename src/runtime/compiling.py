@@ -129,9 +129,9 @@ def discard_unfinished(cache: Path) -> None:
     of an earlier OUTPUT.
     """
     for key in cache.rglob("*.key"):
-        output = key.with_suffix("")
-        if output.exists() and output.stat().st_mtime_ns > key.stat().st_mtime_ns:
-            key.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # a process that compiles replaces its output meanwhile
+            if key.with_suffix("").stat().st_mtime_ns > key.stat().st_mtime_ns:
+                key.unlink()
 
 
 def watch() -> None:

@@ -58,6 +58,7 @@ class Machine:
 
     def install(self, name, script):
         file = self.bin / name
+        file.unlink(missing_ok=True)  # a link to the machine's own program
         file.write_text(script if script.startswith("#!") else f"#!/usr/bin/env bash\n{script}\n")
         file.chmod(0o755)
 

@@ -9,6 +9,7 @@ logs.
 from __future__ import annotations
 
 import os
+import socket
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,16 @@ def world_size() -> int:
 def local_size() -> int:
     """The number of processes on this machine."""
     return _integer(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""), 1)
+
+
+def several_hosts() -> bool:
+    """Whether some of the processes run on another machine."""
+    return world_size() != local_size()
+
+
+def this_host() -> str:
+    """The beginning of a message: "NAME: " of this machine if the run has several, else ""."""
+    return f"{socket.gethostname()}: " if several_hosts() else ""
 
 
 def rank() -> int:

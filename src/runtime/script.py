@@ -32,7 +32,7 @@ def run(main: Callable[[], None]) -> None:
             main()
             sys.stdout.flush()
     except InputError as error:
-        _end(1, f"error: {error}")
+        _end(1, f"error: {processes.this_host()}{error}")
     except MemoryError:
         _end(1, OUT_OF_MEMORY)
     except KeyboardInterrupt as interrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from runtime import backend, torch_file
+from runtime.errors import InputError
 from runtime.flags import add_device_flag
 
 

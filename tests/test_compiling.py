@@ -396,6 +396,25 @@ def test_unfinished_outputs_are_compiled_again(tmp_path):
                                                                           "done.so"]
 
 
+def test_an_output_that_another_process_replaces_meanwhile(tmp_path, monkeypatch):
+    """A process that compiles operators does so while another one starts."""
+    output, key = tmp_path / "op.so", tmp_path / "op.so.key"
+    output.touch()
+    key.touch()
+
+    def stat(path, original=Path.stat, **options):
+        status = original(path, **options)
+        if path.suffix in (".so", ".key"):  # as another process does before its linker writes
+            output.unlink(missing_ok=True)
+            key.unlink(missing_ok=True)
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        compiling.discard_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 10, 30])
 def test_ctrl_c_while_jittor_compiles_itself(jittor, tmp_path, after):

@@ -10,6 +10,7 @@ need Jittor; so ``--help`` and errors in flags are instant.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import hashlib
@@ -122,7 +123,7 @@ def plain(path: str) -> str:
 
 def _replace_link(link: Path, target: str | Path) -> None:
     """Makes a symbolic link, at once also for other processes that make it."""
-    fresh = link.with_name(f".{link.name}.{os.getpid()}")
+    fresh = link.with_name(f".{link.name}.{os.urandom(4).hex()}")
     fresh.symlink_to(target)
     os.replace(fresh, link)
 

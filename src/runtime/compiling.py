@@ -129,9 +129,9 @@ def discard_unfinished(cache: Path) -> None:
     of an earlier OUTPUT.
     """
     for key in cache.rglob("*.key"):
-        output = key.with_suffix("")
-        if output.exists() and output.stat().st_mtime_ns > key.stat().st_mtime_ns:
-            key.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # a process that compiles replaces its output meanwhile
+            if key.with_suffix("").stat().st_mtime_ns > key.stat().st_mtime_ns:
+                key.unlink()
 
 
 def watch() -> None:
@@ -216,6 +216,7 @@ class WaitingReport:
 
 if __name__ == "__main__":
     ended = relay(0, lambda line: os.write(2, line), WaitingReport(os.getppid()))
-    if not ended and processes.first_to_report():
+    # With several hosts mpirun names the process that failed first. It kills the others.
+    if not ended and not processes.several_hosts() and processes.first_to_report():
         print(f"error: process {processes.rank()} of {processes.world_size()} {CRASH}",
               file=sys.stderr)

@@ -9,6 +9,7 @@ logs.
 from __future__ import annotations
 
 import os
+import socket
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,16 @@ def local_size() -> int:
 def local_rank() -> int:
     """The number of this process among those on this machine, from 0."""
     return _integer(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", ""), 0)
+
+
+def several_hosts() -> bool:
+    """Whether some of the processes run on another machine."""
+    return world_size() != local_size()
+
+
+def this_host() -> str:
+    """The beginning of a message: "NAME: " of this machine if the run has several, else ""."""
+    return f"{socket.gethostname()}: " if several_hosts() else ""
 
 
 def rank() -> int:

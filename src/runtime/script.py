@@ -32,7 +32,7 @@ def run(main: Callable[[], None]) -> None:
             main()
             sys.stdout.flush()
     except InputError as error:
-        _end(1, f"error: {error}")
+        _end(1, f"error: {processes.this_host()}{error}")
     except MemoryError:
         _end(1, OUT_OF_MEMORY)
     except KeyboardInterrupt as interrupt:
@@ -68,9 +68,9 @@ def _open_standard_streams() -> None:
 
 def _end(code: int, message: str = "") -> NoReturn:
     """Ends this process, and with it all processes of the run; prints ``message`` on stderr."""
+    processes.first_to_report()
     if processes.rank():
         time.sleep(GRACE)  # process 0 reports first
-    processes.first_to_report()
     try:
         sys.stdout.flush()
     except OSError:  # drop what is still buffered, or flushing it at exit would fail again

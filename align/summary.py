@@ -37,8 +37,8 @@ WORDS = {
                  "BLEU，float64 / PyTorch / Jittor"],
         "of": "/", "size": "batch size"},
 }
-# document -> (path of the results relative to the document, language); the first two are short
-# and leave out the runs on the demo's data and those in bf16
+# document -> (path of the results relative to the document, language); the first two have
+# only the strict runs in float32, without those on the demo's data
 DOCUMENTS = {"README.md": ("align/results", "en"), "README.cn.md": ("align/results", "cn"),
              "align/README.md": ("results", "en"), "align/README.cn.md": ("results", "cn")}
 
@@ -55,7 +55,7 @@ def publish(root: Path) -> None:
                              f"{BEGIN} and {END}")
         before, rest = text.split(BEGIN)
         shown = [run for run in results if folder == "results"
-                 or not run["name"].startswith("demo-") and _kind(run) != "bf16"]
+                 or not run["name"].startswith("demo-") and _kind(run) == "strict"]
         filled = f"{before}{BEGIN}\n{tables(shown, folder, language)}{END}{rest.split(END)[1]}"
         if filled != text:
             with replacing(path) as file:

@@ -77,8 +77,8 @@ class Host:
         with open(self.folder / "log", "w") as log:
             self.process = subprocess.Popen(
                 ["unshare", *NAMESPACES, "bash", "-c", BEGIN, "begin", name, self.folder,
-                 Path(home, ".cache/jittor"), address, SSHD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True)
+                 Path(home, ".cache/jittor"), address, SSHD],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout.readline() == "ready\n", (self.folder / "log").read_text()
         self.init = Path("/proc", str(self.process.pid), "task", str(self.process.pid),
                          "children").read_text().strip()

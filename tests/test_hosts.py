@@ -67,21 +67,18 @@ exec "$5" -D -e -f "$2/sshd_config"
 class Host:
     """A host of the test; its processes end with it."""
 
-    def __init__(self, name: str, address: str, folder: Path, cache: Path):
+    def __init__(self, name: str, address: str, folder: Path, home: str):
         self.name, self.folder = name, folder / name
         self.folder.mkdir()
-        variables = {"TMPDIR": self.folder / "tmp"}
-        if "JITTOR_HOME" in os.environ:
-            variables["JITTOR_HOME"] = os.environ["JITTOR_HOME"]
         (self.folder / "sshd_config").write_text(
             f"HostKey {folder}/key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\n"
-            "PermitRootLogin yes\nPidFile none\nSetEnv "
-            + " ".join(f"{name}={value}" for name, value in variables.items()) + "\n")
+            f"PermitRootLogin yes\nPidFile none\nSetEnv TMPDIR={self.folder}/tmp "
+            f"JITTOR_HOME={home}\n")
         with open(self.folder / "log", "w") as log:
             self.process = subprocess.Popen(
-                ["unshare", *NAMESPACES, "bash", "-c", BEGIN, "begin", name, self.folder, cache,
-                 address, SSHD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True)
+                ["unshare", *NAMESPACES, "bash", "-c", BEGIN, "begin", name, self.folder,
+                 Path(home, ".cache/jittor"), address, SSHD],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         assert self.process.stdout.readline() == "ready\n", (self.folder / "log").read_text()
         self.init = Path("/proc", str(self.process.pid), "task", str(self.process.pid),
                          "children").read_text().strip()
@@ -116,8 +113,9 @@ def names() -> list[str]:
 
 @pytest.fixture(scope="module")
 def hosts(jittor, tmp_path_factory):
+    import jittor_utils
+
     folder = tmp_path_factory.mktemp("hosts")
-    cache = Path(os.environ.get("JITTOR_HOME") or Path.home(), ".cache/jittor")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"],
                    check=True)
     addresses = dict(zip(names(), ("10.9.8.1", "10.9.8.2")))
@@ -127,7 +125,7 @@ def hosts(jittor, tmp_path_factory):
         f"IdentityFile {folder}/key\nUserKnownHostsFile /dev/null\nStrictHostKeyChecking no\n"
         "LogLevel ERROR\n")
     (folder / "names").write_text("".join(f"{name} slots=1\n" for name in addresses))
-    made = [Host(name, address, folder, cache) for name, address in addresses.items()]
+    made = [Host(name, address, folder, jittor_utils.home()) for name, address in addresses.items()]
     subprocess.run(["ip", "link", "add", "cable", "netns", made[0].init, "type", "veth",
                     "peer", "name", "cable", "netns", made[1].init], check=True)
     for host in made:

@@ -35,7 +35,7 @@ def world_size() -> int:
 
 def local_size() -> int:
     """The number of processes on this machine."""
-    return _integer(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""), 1)
+    return _integer(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", ""), world_size())
 
 
 def local_rank() -> int:

@@ -20,7 +20,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from types import SimpleNamespace
 from runtime import backend, compiling, script
-def show(on_cuda):
+def show(cuda):
     import jittor_utils
     global home
     home = os.environ["HOME"]

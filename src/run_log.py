@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import logging
 import os
 import textwrap
 import warnings
@@ -157,6 +158,7 @@ def centred_means(values: list[float], half: int) -> list[float]:
 def draw_losses(path: Path, rows: list[tuple[int, float, float | None]],
                 words: Captions) -> None:
     """A PNG of (step, training loss, validation loss or None) rows, with a running mean."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # no warning if HOME is read-only
     import matplotlib
 
     matplotlib.use("Agg")

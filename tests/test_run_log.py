@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -66,6 +69,17 @@ def test_any_path_may_be_in_the_title(drawn):
         title, _ = drawn([(1, 5.0, None)], path, 0.0, False)
         assert title.count("$") == path.count("$")
         assert all(len(line) <= 100 for line in title.split("\n"))
+
+
+def test_nothing_is_said_of_a_home_that_cannot_be_written(root, tmp_path):
+    """matplotlib stores its list of fonts there, or else in a temporary folder."""
+    draw = ("import sys; sys.path.insert(0, sys.argv[1]); import run_log; run_log.draw_losses("
+            "run_log.Path(sys.argv[2]), [(1, 5.0, None)], run_log.captions('', 0.0, False))")
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
+    process = subprocess.run([sys.executable, "-c", draw, root / "src", tmp_path / "loss.png"],
+                             env={**environment, "HOME": "/proc"}, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 
 def test_notes_and_pace(tiny, tmp_path, monkeypatch):

@@ -87,7 +87,8 @@ class KeyValueCache:
 
     def __init__(self, n_layer: int, query_len: np.ndarray, capacity: int, beams: int):
         ends = np.cumsum(query_len)
-        self.query_len, self.capacity, self.widest = query_len, capacity, beams * len(ends)
+        self.query_len, self.longest = query_len, int(max(query_len))
+        self.capacity, self.widest = capacity, beams * len(ends)
         self.spans = np.stack([ends - query_len, ends], axis=1)  # (R, 2): a row's query in prefix
         self.ancestors = np.zeros((0, len(self.spans)), np.int32)  # (t, R): rows of the steps
         # Of each layer: query, key and value of the queries' tokens (P, 3, H, D); keys and values
@@ -119,5 +120,5 @@ class KeyValueCache:
         """Attention of one new token a row: qkv (R, 3, H, D) -> (R, H, D)."""
         mixed, self.stores[layer] = ops.beam_attention(
             qkv, self.prefixes[layer], self.spans_var, self.stores[layer], self.ancestors_var,
-            self.capacity, self.widest)
+            self.capacity, self.widest, self.longest)
         return mixed

@@ -238,9 +238,9 @@ class GPT2LMModel(nn.Module):
 
 def float32(array) -> jt.Var:
     """Numbers as a jt.Var of float32."""
-    return jt.array(np.ascontiguousarray(array, dtype=np.float32))
+    return ops.upload(np.asarray(array, dtype=np.float32))
 
 
 def int32(array) -> jt.Var:
     """Integers as a jt.Var of int32."""
-    return jt.array(np.ascontiguousarray(array, dtype=np.int32))
+    return ops.upload(np.asarray(array, dtype=np.int32))

@@ -47,7 +47,9 @@ class AdamW:
 
 def clip_gradients(gradients: dict[str, jt.Var], max_norm: float) -> dict[str, jt.Var]:
     """Scales all gradients together so that their global L2 norm is at most max_norm."""
-    norm = math.sqrt(sum(float((g * g).sum().item()) for g in gradients.values()))
+    # One read for all: on CUDA, each waits until the GPU has done all before it.
+    squares = jt.concat([(g * g).sum().reshape((1,)) for g in gradients.values()]).numpy()
+    norm = math.sqrt(sum(squares.tolist()))
     scale = min(1.0, max_norm / (norm + 1e-6))
     return {name: g * scale for name, g in gradients.items()}
 

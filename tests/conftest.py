@@ -101,6 +101,14 @@ def tiktoken_gpt2(vocab):
 
 
 @pytest.fixture(scope="session")
+def emulation_folder(tmp_path_factory) -> Path:
+    """Where cuda_emulation is built, and what is compiled with it: CUDA_EMULATION, if it is set."""
+    folder = Path(os.environ.get("CUDA_EMULATION") or tmp_path_factory.mktemp("cuda_emulation"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
 def jittor():
     """Jittor on the CPU. Request this fixture before importing a module that imports Jittor.
 

@@ -81,7 +81,7 @@ def calls(jittor):
         use(ops.causal_attention, floats(3, 3, 1, 2), [3])
         ops.causal_attention(floats(4, 3, 1, 2), [3, 1], [(0, 0), (0, 3)])
         ops.beam_attention(floats(1, 3, 1, 2), floats(1, 3, 1, 2), ints([[0, 1]]), None,
-                           ints([[0]]), 1, 1)
+                           ints([[0]]), 1, 1, 1)
         ops.adamw_update(*[floats(3)] * 4, beta1=0.9, beta2=0.9, epsilon=1e-6, step_size=0.1,
                          decay=0.1)
         ops.top_log_probs(floats(2, 3), 1)

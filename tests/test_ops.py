@@ -5,17 +5,13 @@ Each test runs twice: natively on this device, and with the text of the CUDA ker
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-EMULATION = (Path(__file__).parent / "cuda_emulation.h").read_text(encoding="utf-8")
+from cuda_emulation import toolkit
 
 
 @pytest.fixture(scope="module", params=["native", "emulated CUDA"])
-def ops(request, jittor):
+def ops(request, jittor, emulation_folder):
     import ops
 
     if request.param == "native":
@@ -23,18 +19,19 @@ def ops(request, jittor):
         return
     if jittor.flags.use_cuda:
         pytest.skip("the emulation is for machines without a GPU")
-    code = jittor.code
+    code, library = jittor.code, toolkit.load(emulation_folder)
+    header = f'#include "{toolkit.INCLUDE}/emulation_kernel.h"\n#define __CUDACC__\n'
 
     def emulated(*arguments, cuda_header=None, cuda_src=None, **on_cpu):
         if cuda_src:
-            launch = re.sub(r"(\w+(?:<\w+>)?)<<<(.+), (\w+)>>>\(", r"launch(\2, \3, \1, ", cuda_src)
-            assert "<<<" not in launch
-            on_cpu.update(cpu_header=EMULATION + cuda_header, cpu_src=launch)
+            on_cpu.update(cpu_header=header + cuda_header, cpu_src=toolkit.with_calls(cuda_src))
         return code(*arguments, **on_cpu)
 
+    before = toolkit.counts(library)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jittor, "code", emulated)
         yield ops
+    assert toolkit.counts(library)["launches"] > before["launches"]
 
 
 def numerical_gradient(f, x: np.ndarray) -> np.ndarray:
@@ -305,9 +302,10 @@ def test_beam_attention(ops, jittor, query_len, rows):
         spans = spans[origin]
         given = [jittor.array(a) for a in (tokens[step], prefix, spans.astype(np.int32))]
         past = jittor.array(ancestors.astype(np.int32))
-        fused, stores[0] = ops.beam_attention(*given, stores[0], past, steps, widest)
+        limits = steps, widest, max(query_len)
+        fused, stores[0] = ops.beam_attention(*given, stores[0], past, *limits)
         fused = fused.numpy()
-        plain, stores[1] = ops.plain_beam_attention(*given, stores[1], past, steps, widest)
+        plain, stores[1] = ops.plain_beam_attention(*given, stores[1], past, *limits)
         for row, (begin, end) in enumerate(spans):
             line = [tokens[s][ancestors[s, row]] for s in range(step + 1)]
             line = np.concatenate([prefix[begin:end], line]).astype(np.float64)

@@ -2,12 +2,13 @@
 
 On the CPU, Jittor runs element-wise loops, reductions and batched matrix products on one thread and
 in several passes over memory. Each operator here is one parallel pass in C++. Its ``plain_`` twin,
-made of Jittor's own operators, is its reference in the tests and what runs on CUDA.
+made of Jittor's own operators, is its reference in the tests.
 
-All operators but those of linear have CUDA kernels as well, which run in place of the plain
-twins if the environment variable OPS_CUDA is ``kernels`` (default: ``plain``). No GPU has run them
-yet: nvcc compiles them, and the tests run their text on the CPU under an emulation. dropout has no
-plain twin, because its mask must be the same on every device. All tensors are float32, except
+All operators but those of linear, which cuBLAS multiplies, have CUDA kernels as well. If the
+environment variable OPS_CUDA is ``plain``, the plain twins run on CUDA in their place (default:
+``kernels``). No GPU has run either of them yet: nvcc compiles the kernels, and the tests run all on
+the CPU with tests/cuda_emulation. Always a kernel are dropout, because its mask must be the same on
+every device, and top_log_probs, because its plain twin is NumPy. All tensors are float32, except
 indices (int32).
 """
 
@@ -21,4 +22,5 @@ from ops.layer_norm import layer_norm, plain_layer_norm
 from ops.linear import PackedWeight, linear, pack_weight, packed_columns, plain_linear
 from ops.lora_up import lora_up, plain_lora_up
 from ops.matmul import matmul
+from ops.native import upload
 from ops.top_log_probs import plain_log_probs, plain_top_log_probs, top_log_probs

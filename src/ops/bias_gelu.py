@@ -29,4 +29,5 @@ class _BiasGelu(jt.Function):
 def plain_bias_gelu(x: jt.Var, bias: jt.Var) -> jt.Var:
     """:func:`bias_gelu` in Jittor's own operators."""
     x = x + bias
-    return 0.5 * x * (1 + jt.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+    # 0.5 (1 + tanh u) is the logistic function of 2 u; nvcc's fast math only approximates tanh.
+    return x * jt.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))

@@ -5,7 +5,7 @@ from typing import Sequence
 import jittor as jt
 import numpy as np
 
-from ops.native import run
+from ops.native import constant, run, upload
 
 
 def dropout(x: jt.Var, p: float, seeds: Sequence[int], starts: Sequence[int] = (0,)) -> jt.Var:
@@ -24,8 +24,8 @@ def dropout(x: jt.Var, p: float, seeds: Sequence[int], starts: Sequence[int] = (
 class _Dropout(jt.Function):
     def execute(self, x, p, seeds, starts):
         self.p = p
-        self.parts = {"starts (parts)": jt.array(np.int32(starts)),
-                      "seeds": jt.array(np.int32(seeds))}
+        self.parts = {"starts (parts)": constant(tuple(starts)),
+                      "seeds": upload(np.array(seeds, np.int32))}
         return self._masked(x)
 
     def grad(self, dy):

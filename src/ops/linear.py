@@ -55,12 +55,14 @@ def linear(x: jt.Var, weight: jt.Var | PackedWeight, bias: jt.Var | None = None,
 
     x (N, n_in); weight W (n_in, n_out), or (n_out, n_in) if ``transposed``. A packed weight has no
     gradient. In bf16, sums are float32, and x is rounded to bfloat16 where the processor multiplies
-    bfloat16s; in int8, products are of bytes, with a scale for each row of x and each column of W,
-    and sums are exact.
+    bfloat16s; on CUDA sums are rounded, too, unless the weight is ``transposed``. In int8, products
+    are of bytes, with a scale for each row of x and each column of W, and sums are exact.
     """
     if jt.flags.use_cuda:
         if isinstance(weight, PackedWeight):
             weight, transposed = weight.words, weight.transposed
+            if transposed:  # the output head: logits in bfloat16 would be wrong by tenths
+                weight = weight.float32()
         return plain_linear(x, weight, bias, residual, transposed)
     if isinstance(weight, PackedWeight):
         return _PackedLinear.apply(x, weight, bias, residual)
@@ -107,7 +109,7 @@ def _product(x: jt.Var, weight: jt.Var, n_out: int, layout: str, bias: jt.Var | 
 
 def plain_linear(x: jt.Var, weight: jt.Var, bias: jt.Var | None = None,
                  residual: jt.Var | None = None, transposed: bool = False) -> jt.Var:
-    """:func:`linear` in Jittor's own operators; a weight in bfloat16 is multiplied in it."""
+    """:func:`linear` in Jittor's own operators; products with a weight in bfloat16 are in it."""
     y = matmul(x.cast(weight.dtype), weight, transpose_b=transposed).float32()  # (N, n_out)
     for addend in (bias, residual):
         y = y if addend is None else y + addend
@@ -119,7 +121,7 @@ def pack_weight(weight: jt.Var, transposed: bool = False,
     """W (n_in, n_out), or (n_out, n_in) if ``transposed``, in float32, bf16 or int8."""
     n_out, n_in = weight.shape if transposed else weight.shape[::-1]
     if jt.flags.use_cuda:
-        words = weight.bfloat16() if precision == "bf16" else weight
+        words = weight.bfloat16().stop_grad() if precision == "bf16" else weight
         return PackedWeight(words, n_in, n_out, precision, transposed)
     numbers, packed = _PACKED[precision]
     padded = -(-n_out // 32) * 32  # gemm.h's NR is 16 or 32

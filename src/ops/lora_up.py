@@ -1,10 +1,9 @@
 """LoRA's second product (Hu et al., 2021), from rank r to the width of the enabled projections."""
 
 import jittor as jt
-import numpy as np
 
 from ops.matmul import matmul
-from ops.native import run, wants_plain
+from ops.native import constant, run, wants_plain
 
 
 def lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float,
@@ -21,7 +20,7 @@ def lora_up(y: jt.Var, bias: jt.Var, low: jt.Var, lora_B: jt.Var, scaling: float
 
 class _LoRAUp(jt.Function):
     def execute(self, y, bias, low, lora_B, scaling, columns):
-        self.first = jt.array(np.int32(columns))
+        self.first = constant(tuple(columns))
         self.saved = low, lora_B
         height, rank = lora_B.shape
         self.numbers = {"rank": rank, "width": height // len(columns), "scaling": scaling}

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Mapping, Sequence
 
 import jittor as jt
+import numpy as np
 
 from runtime.errors import InputError
 
 FOLDER = Path(__file__).parent
 
-# On CUDA: "plain" runs Jittor's own operators, "kernels" runs our kernels.
-OPS_CUDA = os.environ.get("OPS_CUDA", "plain")
+# On CUDA: "kernels" runs our kernels, "plain" runs Jittor's own operators.
+OPS_CUDA = os.environ.get("OPS_CUDA", "kernels")
 if OPS_CUDA not in ("plain", "kernels"):
     raise InputError(f"OPS_CUDA={OPS_CUDA}: neither plain nor kernels; unset it")
 
@@ -32,8 +33,25 @@ if (cudaError_t error = cudaGetLastError()) throw std::runtime_error(cudaGetErro
 
 
 def wants_plain() -> bool:
-    """Whether an operator is to run as its plain twin: on CUDA, unless OPS_CUDA=kernels is set."""
+    """Whether an operator is to run as its plain twin: on CUDA if OPS_CUDA=plain is set."""
     return bool(jt.flags.use_cuda) and OPS_CUDA == "plain"
+
+
+def upload(array: np.ndarray) -> jt.Var:
+    """An array as a jt.Var, which a GPU gets at once.
+
+    Jittor is lazy, and would copy it between two kernels, after it has waited for the first.
+    """
+    var = jt.array(np.ascontiguousarray(array))
+    if jt.flags.use_cuda:
+        var.sync(weak_sync=False)
+    return var
+
+
+@lru_cache(maxsize=64)
+def constant(numbers: tuple[int, ...]) -> jt.Var:
+    """Integers (n,) int32, the same jt.Var for the same numbers: a GPU then gets them only once."""
+    return upload(np.array(numbers, np.int32))
 
 
 def run(operator: str, function: str, outputs: Mapping[str, Sequence[int]],

@@ -50,10 +50,11 @@ def machine(driver, monkeypatch, tmp_path):
             "CUDA_VISIBLE_DEVICES", "nvcc_flags", "cc_path", "nvcc_path"]:
         monkeypatch.delenv(name, raising=False)
 
-    def toolkit(folder="cuda", release="12.4, V12.4.131", newest=13, files=FILES):
+    def toolkit(folder="cuda", release="12.4, V12.4.131", newest=13, files=FILES,
+                header="include/cuda_runtime.h"):
         nvcc = write_program(tmp_path / folder / "bin/nvcc",
                              NVCC.format(release=release, newest=newest))
-        for file in ("include/cuda_runtime.h", *files):
+        for file in (header, *files):
             (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / folder / file).write_text(file)
         return str(nvcc)
@@ -104,6 +105,7 @@ def test_a_toolkit_that_suits_jittor_is_taken_as_it_is(machine, tmp_path, monkey
     ({}, {"files": ["lib64/libcublas.so"]}, "no libcudart.so"),
     ({}, {"files": [FILES[0], "lib64/libcublas_static.a"]}, "no libcublas.so"),
     ({}, {"files": FILES[:2]}, "no libcurand.so beside it; install the whole toolkit"),
+    ({}, {"header": "cuda.h"}, "no cuda_runtime.h"),
     ({"says": "12080 89"}, {"release": "13.0"}, r"CUDA 13\.0, .* is for CUDA 12\.8; .* 580"),
     ({"says": "11040 89"}, {}, r"CUDA 12\.4, .* is for CUDA 11\.4; update"),
     ({"says": "13000 61"}, {"release": "13.0"}, r"7\.5 or more, and this one has 6\.1; .*older"),
@@ -205,8 +207,7 @@ CONDA = ("lib/libcudart.so.12", "lib/libcublas.so.12", "lib/libcublasLt.so.12",
 
 
 def test_the_folder_for_a_toolkit_with_another_layout(machine, monkeypatch, tmp_path):
-    nvcc = machine()(folder="a conda's", files=CONDA)
-    (tmp_path / "a conda's/include/cuda_runtime.h").unlink()
+    nvcc = machine()("a conda's", files=CONDA[:-1], header=CONDA[-1])
     monkeypatch.setenv("nvcc_path", nvcc)
     cuda, reason = find_cuda()
     assert cuda is not None, reason

@@ -36,6 +36,7 @@ NEWEST_CAPABILITY: dict[Version, Version] = {(11, 0): (8, 0), (11, 1): (8, 6), (
 PLACES = "/usr/local/cuda/bin/nvcc", "/usr/local/cuda-*/bin/nvcc", "/opt/cuda/bin/nvcc"
 COMPILERS = "g++", *(f"g++-{version}" for version in range(15, 8, -1))
 LIBRARIES = "cudart", "cublas", "curand"  # what Jittor links
+HEADERS = "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h"
 LINKED = *LIBRARIES, "nvrtc", "cudadevrt"  # what these load; what nvcc links always
 
 NVCC = """#!/bin/sh
@@ -117,9 +118,8 @@ class Cuda:
     def _lay_out(self, place: Path) -> str:
         """Makes the folder; returns its nvcc. The folder's name depends on all that is in it."""
         nvcc = Path(self.nvcc).resolve()
-        headers = next(path.parent for path in _files(
-            nvcc.parents[1], "include/cuda_runtime.h", "targets/*/include/cuda_runtime.h"))
-        links = {f"include/{path.name}": path for path in sorted(headers.iterdir())}
+        headers, *_ = _files(nvcc.parents[1], *HEADERS)
+        links = {f"include/{path.name}": path for path in sorted(headers.parent.iterdir())}
         for path in _libraries(nvcc.parents[1], LINKED):
             links[f"lib64/{path.name}"] = path
             links[f"lib64/{re.sub(r'[.]so[.].*', '.so', path.name)}"] = path
@@ -233,6 +233,8 @@ def _examine(nvcc: str, gpu: Gpu) -> Cuda:
     for file in (f"lib{name}.so" for name in LIBRARIES):
         if not any(path.name.startswith(file) for path in _libraries(root, LIBRARIES)):
             raise _Unusable(f"has no {file} beside it; install the whole toolkit")
+    if not _files(root, *HEADERS):
+        raise _Unusable("has no cuda_runtime.h beside it; install the whole toolkit")
     return Cuda(gpu, nvcc, version, _choose_compiler(nvcc))
 
 

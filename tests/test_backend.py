@@ -151,7 +151,7 @@ from pathlib import Path
 import jittor_utils
 from runtime import backend, script
 jittor_utils.cache_path = sys.argv[2]
-script.run(lambda: backend._import_jittor(on_cuda=False))
+script.run(lambda: backend._import_jittor(None))
 """
 
 

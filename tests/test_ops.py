@@ -20,7 +20,7 @@ def ops(request, jittor, emulation_folder):
     if jittor.flags.use_cuda:
         pytest.skip("the emulation is for machines without a GPU")
     code, library = jittor.code, toolkit.load(emulation_folder)
-    header = f'#include "{toolkit.INCLUDE}/emulation_kernel.h"\n#define __CUDACC__\n'
+    header = f"{toolkit.kernel_header()}\n#define __CUDACC__\n"
 
     def emulated(*arguments, cuda_header=None, cuda_src=None, **on_cpu):
         if cuda_src:

@@ -11,14 +11,21 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__).parent
-INCLUDE = SOURCE / "include"
 LIBRARIES = ("libcudart.so", "libcublas.so", "libcurand.so", "libcuda.so", "libcuda.so.1")
 COUNTS = ("launches", "syncs", "to_device", "to_host", "bytes_to_device", "bytes_to_host")
+
+
+def kernel_header(name: str = "emulation_kernel.h") -> str:
+    """What bin/nvcc includes before a source, as one text."""
+    text = (SOURCE / "include" / name).read_text().replace("#pragma once\n", "")
+    return re.sub(r'^#include "(.+)"$', lambda line: kernel_header(line[1]), text,
+                  flags=re.MULTILINE)
 
 
 def with_calls(text: str) -> str:

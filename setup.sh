@@ -19,7 +19,7 @@ set -euo pipefail
 setup_file="${setup_extra:-requirement.txt}"
 setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 setup_python_tried="3.11 3.10 3.9 3.12"  # the first is preferred
-setup_gxx_tried="12"
+setup_gxx_tried="11 12 13"
 setup_java_tried="17 21"
 
 setup_say() { echo "setup: $*" >&2; }
@@ -190,7 +190,7 @@ setup_warn_of_untried() {
     version="$(setup_python_version python)"
     [[ " $setup_python_tried " == *" $version "* ]] ||
         setup_say "warning: Python $version is untried (tried: $setup_python_tried)"
-    version="$(g++ -dumpversion)"
+    version="$("${cc_path:-g++}" -dumpversion)"
     [[ " $setup_gxx_tried " == *" ${version%%.*} "* ]] ||
         setup_say "warning: g++ $version is untried (tried: $setup_gxx_tried)"
     version="$(java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p')"
@@ -300,13 +300,13 @@ setup_make_environment() {  # PYTHON
 }
 
 setup_main() {
-    local python base="" version part need=()
+    local python base="" version part need=() time="about a minute"
     setup_choose_environment
     python="$setup_environment/bin/python"
     if [[ -s "$setup_environment/.begun-apt" ]]; then
         read -ra need < "$setup_environment/.begun-apt" || true
     fi
-    command -v g++ > /dev/null || need+=(g++)
+    command -v "${cc_path:-g++}" > /dev/null || need+=("${cc_path:-g++}")
     command -v java > /dev/null || need+=(default-jre-headless)
     if [[ "${NPROC:-1}" =~ ^([2-9]|[1-9][0-9]+)$ ]] &&
             ! { command -v mpirun && command -v mpicc; } > /dev/null; then
@@ -331,7 +331,11 @@ setup_main() {
     export PATH="$setup_environment/bin:$PATH"
     [[ -z "$setup_is_ready" ]] || return 0
     [[ -f "$setup_environment/.installed-requirement.txt" ]] || setup_warn_of_untried
-    setup_install_packages "about a minute" requirement.txt
+    # Jittor cannot read the arrays of NumPy 2.
+    version="$(setup_python_version python)"
+    (( ${version#3.} < 13 )) ||
+        time="many minutes: NumPy 1 is compiled, PyPI has it only for Python 3.12 and older"
+    setup_install_packages "$time" requirement.txt
     if [[ "$setup_file" != requirement.txt ]]; then
         setup_install_packages "a few minutes, PyTorch is among them" "$setup_file"
     fi

@@ -23,7 +23,7 @@ set -euo pipefail
 setup_files=(requirement.txt ${setup_extra:+"$setup_extra"})
 setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 setup_python_tried="3.11 3.10 3.9 3.12"  # the first is preferred
-setup_gxx_tried="12"
+setup_gxx_tried="11 12 13"
 setup_java_tried="17 21"
 
 setup_say() { echo "setup: $*" >&2; }
@@ -197,7 +197,7 @@ setup_warn_of_untried() {
     version="$(setup_python_version python)"
     [[ " $setup_python_tried " == *" $version "* ]] ||
         setup_say "warning: Python $version is untried (tried: $setup_python_tried)"
-    version="$(g++ -dumpversion)"
+    version="$("${cc_path:-g++}" -dumpversion)"
     [[ " $setup_gxx_tried " == *" ${version%%.*} "* ]] ||
         setup_say "warning: g++ $version is untried (tried: $setup_gxx_tried)"
     version="$(java -version 2>&1 | sed -n 's/.* version "\([0-9]*\).*/\1/p')"
@@ -329,7 +329,7 @@ setup_make_environment() {  # PYTHON
 }
 
 setup_main() {
-    local python base="" version part file need=()
+    local python base="" version part file need=() time="about a minute"
     case "${SETUP_CUDA:-auto}" in
     auto | 0) ;;
     1) setup_files+=(requirement-cuda.txt) ;;
@@ -340,7 +340,7 @@ setup_main() {
     if [[ -s "$setup_environment/.begun-apt" ]]; then
         read -ra need < "$setup_environment/.begun-apt" || true
     fi
-    command -v g++ > /dev/null || need+=(g++)
+    command -v "${cc_path:-g++}" > /dev/null || need+=("${cc_path:-g++}")
     command -v java > /dev/null || need+=(default-jre-headless)
     if [[ "${NPROC:-1}" =~ ^([2-9]|[1-9][0-9]+)$ ]] &&
             ! { command -v mpirun && command -v mpicc; } > /dev/null; then
@@ -366,9 +366,13 @@ setup_main() {
     [[ "${SETUP_CUDA:-auto}${DEVICE:-auto}" != autoauto ]] || setup_look_for_gpu
     [[ -z "$setup_is_ready" ]] || return 0
     [[ -f "$setup_environment/.installed-requirement.txt" ]] || setup_warn_of_untried
+    # Jittor cannot read the arrays of NumPy 2.
+    version="$(setup_python_version python)"
+    (( ${version#3.} < 13 )) ||
+        time="many minutes: NumPy 1 is compiled, PyPI has it only for Python 3.12 and older"
     for file in "${setup_files[@]}"; do
         case "$file" in
-        requirement.txt) setup_install_packages "about a minute" "$file" ;;
+        requirement.txt) setup_install_packages "$time" "$file" ;;
         requirement-cuda.txt) setup_install_packages "a few minutes, 0.7 GB" "$file" ;;
         *) setup_install_packages "a few minutes, PyTorch is among them" "$file" ;;
         esac

@@ -19,9 +19,9 @@
 # root can do that.
 #
 # The first combination that ran in the work folder is the reference, and trains the base for LoRA.
-# Token ids, predictions and scores must be equal to its, and losses within 1e-5 (relative):
-# compilers order sums in different ways, which changes a sum of float32 by some 1e-7, and 40 steps
-# add to the difference.
+# Token ids, predictions and scores must be equal to its, and losses within 2e-5 (relative): a loss
+# has sums of 50,257 float32 numbers, which compilers order in different ways; each differed from
+# the same sum in float64 by up to 1e-5.
 #
 # A combination takes about five minutes on 2 cores; if it is run again, it uses its environment
 # and compiled operators again. The last lines are the table of all that ran. The exit code is 0
@@ -111,7 +111,7 @@ for file in sorted(path.name for path in folders[1].iterdir()):
         furthest = max(furthest, *(abs(a - b) / b for a, b in zip(mine, reference)))
     elif (folders[0] / file).read_bytes() != (folders[1] / file).read_bytes():
         differing.append(file)
-if furthest > 1e-5:
+if furthest > 2e-5:
     differing.append("losses")
 print("differs: " + ", ".join(differing) if differing else "ok", f"(losses {furthest:.0e})")
 sys.exit(bool(differing))

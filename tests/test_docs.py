@@ -376,6 +376,8 @@ READ_BY = {
                                             "pretrained_checkpoints/*.py"], set()),
     "align/base.sh": (["align/base.sh"], set()),
     "setup.sh": (["setup.sh"], {"NPROC", "DEVICE", "CONDA_DEFAULT_ENV", "PATH"}),
+    "tests/platforms.sh": (["tests/platforms.sh"], {
+        "HOME", "ID", "PWD", "SECONDS", "VERSION_ID"}),
     "run_tests.sh": (["run_tests.sh", "tests/*.py"], {"PATH", "use_mkl", "OMP_WAIT_POLICY"}),
     "src/gpt2_ft.py": (["src/**/*.py"], {
         "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_RANK",
@@ -428,7 +430,7 @@ def test_variables_of_a_script(name, script):
 @pytest.mark.parametrize("name", REFERENCES)
 def test_every_variable_is_read(name):
     ours = variables("*.sh", "data/*.sh", "align/*.sh", "src/**/*.py", "data/*.py", "tests/*.py",
-                     "pretrained_checkpoints/*.py")
+                     "tests/*.sh", "pretrained_checkpoints/*.py")
     rows = variable_rows(read(name))
     assert len(rows) > 40
     for row in rows:

@@ -459,6 +459,32 @@ def test_a_shim_without_its_python_is_passed_over(machine):
     assert f"venv {machine.bin}/python{machine.own_version}" in machine.calls.read_text()
 
 
+def test_python_3_13_is_the_last_choice_and_takes_long(machine):
+    """NumPy 1 has to be compiled for it."""
+    if machine.own_version == "3.13":
+        pytest.skip("this Python is 3.13")
+    machine.install("python3", PYTHON.replace(
+        "*) exec", '"-c import sys"*) echo 3.13 ;;\n*) exec'))
+    result = machine.start()
+    assert f"venv {machine.bin}/python{machine.own_version}" in machine.calls.read_text()
+    assert "(about a minute)" in result.stderr and "warning" not in result.stderr
+    machine.remove(f"python{machine.own_version}")
+    shutil.rmtree(machine.repository / ".venv")
+    result = machine.start()
+    assert f"venv {machine.bin}/python3\n" in machine.calls.read_text()
+    assert "(many minutes: NumPy 1 is compiled" in result.stderr
+
+
+def test_the_compiler_of_cc_path_is_looked_for(machine):
+    machine.remove("g++")
+    machine.install("g++-99", "echo 99.1.0")
+    machine.install("id", "echo 1000")
+    assert_one_line_error(machine.start(cc_path="g++-98"), "apt-get install g++-98)")
+    result = machine.start(cc_path="g++-99")
+    assert result.returncode == 0
+    assert "warning: g++ 99.1.0 is untried" in result.stderr
+
+
 def test_what_is_missing_is_named_to_a_user(machine):
     machine.install("id", "echo 1000")
     machine.remove("g++")

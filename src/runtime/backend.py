@@ -10,6 +10,7 @@ need Jittor; so ``--help`` and errors in flags are instant.
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import errno
 import gc
@@ -284,9 +285,12 @@ def _import_jittor(cuda: Cuda | None):
     interrupts: list[int] = []  # Jittor catches exceptions of any type in some places
     if handlers[signal.SIGINT] == signal.default_int_handler:
         signal.signal(signal.SIGINT, partial(_interrupt, interrupts))
+    python_locals = builtins.locals
     realpath = os.path.realpath  # with it, Jittor would resolve the links of plain()
     os.path.realpath = lambda path, **options: plain(  # type: ignore[assignment]
         realpath(path, **options))
+    if sys.version_info >= (3, 13):
+        builtins.locals = _locals_for_jittor
     # A toolkit that an earlier Jittor has downloaded would be completed by another download.
     jittor_utils.install_cuda.has_installation = lambda: False
     try:
@@ -300,7 +304,7 @@ def _import_jittor(cuda: Cuda | None):
             raise
         raise InputError(_why_not_built(error, cache)) from None
     finally:
-        os.path.realpath = realpath
+        os.path.realpath, builtins.locals = realpath, python_locals
     compiling.end_pool()
     jittor_lock.unlock()
     for number, handler in handlers.items():
@@ -309,6 +313,14 @@ def _import_jittor(cuda: Cuda | None):
     if interrupts:
         raise KeyboardInterrupt
     return jittor
+
+
+def _locals_for_jittor() -> dict:
+    """locals() that also shows Jittor what exec() has imported, as before Python 3.13 (PEP 667)."""
+    caller = sys._getframe(1)
+    if caller.f_globals.get("__name__", "").partition(".")[0] in ("jittor", "jittor_utils"):
+        return {**sys.modules, **caller.f_locals}
+    return caller.f_locals  # itself: a class body may write into it
 
 
 def _why_not_built(error: Exception, cache: Path) -> str:

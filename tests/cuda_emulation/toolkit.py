@@ -65,5 +65,4 @@ def build(folder: Path) -> dict[str, str]:
             (fresh / "lib64" / name).symlink_to(LIBRARIES[0])
         fresh.rename(place)
     paths = [str(place / "lib64"), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    return {"nvcc_path": str(place / "bin" / "nvcc"), "LD_LIBRARY_PATH": os.pathsep.join(paths),
-            "use_cutt": "0", "use_cutlass": "0"}
+    return {"nvcc_path": str(place / "bin" / "nvcc"), "LD_LIBRARY_PATH": os.pathsep.join(paths)}

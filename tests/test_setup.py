@@ -406,8 +406,9 @@ def gpu(machine, root, driver):
     """The variables of a machine with a GPU whose CUDA toolkits, if any, cannot be used."""
     (machine.repository / "requirement-cuda.txt").write_text("cuda==13.0\n")
     (machine.repository / "src").symlink_to(root / "src")
+    machine.install("g++-8", '[[ "$*" == -dump* ]] && echo 12')  # no nvcc can use it
     return {"SETUP_CUDA": "auto", "LD_LIBRARY_PATH": driver, "STAND_IN_DRIVER": "13000 89",
-            "cc_path": machine.folder / "none"}
+            "cc_path": machine.bin / "g++-8"}
 
 
 def test_cuda_is_installed_where_a_gpu_needs_it(machine, gpu):

@@ -433,7 +433,7 @@ def test_ctrl_c_while_jittor_compiles_itself(jittor, tmp_path, after):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130
+    assert process.returncode == 130, said
     assert said == "interrupted\n"
 
 

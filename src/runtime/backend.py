@@ -276,12 +276,11 @@ def _import_jittor(cuda: Cuda | None):
     if not any(cache.glob("*/jittor_core*.so" if cuda else "jittor_core*.so")):
         log("first start on this machine: Jittor compiles itself, about two minutes ...")
     # Jittor installs handlers: on Ctrl-C and when a child is killed or stopped, they end this
-    # process; on a segmentation fault they try to, and often hang. Python's are put back below;
-    # until then, SIGCHLD is blocked.
+    # process; on a segmentation fault they try to, and often hang. Python's are put back below,
+    # that of SIGCHLD at once, see runtime.compiling.
     handlers = {number: signal.getsignal(number) for number in
                 (signal.SIGINT, signal.SIGCHLD, signal.SIGQUIT, signal.SIGSEGV, signal.SIGFPE,
                  signal.SIGILL, signal.SIGBUS)}
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     interrupts: list[int] = []  # Jittor catches exceptions of any type in some places
     if handlers[signal.SIGINT] == signal.default_int_handler:
         signal.signal(signal.SIGINT, partial(_interrupt, interrupts))
@@ -309,7 +308,6 @@ def _import_jittor(cuda: Cuda | None):
     jittor_lock.unlock()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     if interrupts:
         raise KeyboardInterrupt
     return jittor

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -87,9 +87,20 @@ class CompilerPool(multiprocessing.pool.Pool):
 
 
 def take_over() -> None:
-    """Replaces Jittor's display of progress, its compiler processes and their beginning."""
+    """Replaces Jittor's display of progress, its compiler processes, its handler of SIGCHLD."""
     import jittor_utils
 
+    import_scope = jittor_utils.import_scope
+
+    @contextmanager
+    def loading(flags: int) -> Iterator[None]:
+        with import_scope(flags):
+            yield
+        # A library of Jittor's has a handler that ends this process if a signal kills a child. To
+        # block the signal here would not do: any thread may get it, and NumPy has some.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    jittor_utils.import_scope = loading
     jittor_utils.DelayProgress = CoreProgress
     jittor_utils.Pool = CompilerPool
     jittor_utils.pool_initializer = partial(_begin_compiler, os.getpid(),

@@ -22,8 +22,8 @@ set -euo pipefail
 
 setup_files=(requirement.txt ${setup_extra:+"$setup_extra"})
 setup_root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-setup_python_tried="3.11 3.10 3.9 3.12"  # the first is preferred
-setup_gxx_tried="11 12 13"
+setup_python_tried="3.11 3.10 3.9 3.12 3.13"  # the first is preferred
+setup_gxx_tried="11 12 13 14"
 setup_java_tried="17 21"
 
 setup_say() { echo "setup: $*" >&2; }

@@ -452,7 +452,7 @@ def test_condas_own_and_vanished_environments_are_not_used(machine):
 
 
 def test_a_shim_without_its_python_is_passed_over(machine):
-    for version in ("3.11", "3.10", "3.9", "3.12"):
+    for version in ("3.11", "3.10", "3.9", "3.12", "3.13"):
         if version != machine.own_version:
             machine.install(f"python{version}", "echo 'version not switched on' >&2; exit 127")
     result = machine.start()

@@ -180,10 +180,9 @@ def _cache_name(compiler: str, cuda: Cuda | None) -> str:
 
 
 def _prepare_environment(cuda: Cuda | None) -> None:
-    import numpy
-
-    if int(numpy.__version__.split(".")[0]) > 1:
-        raise InputError(f"NumPy {numpy.__version__}: Jittor takes wrong numbers from its arrays; "
+    numpy = importlib.metadata.version("numpy")
+    if int(numpy.split(".")[0]) > 1:
+        raise InputError(f"NumPy {numpy}: Jittor takes wrong numbers from its arrays; "
                          "pip install -r requirement.txt")
     try:
         multiprocessing.Lock()  # as those of Jittor's compiler processes

@@ -95,6 +95,7 @@ def bf16(root, data, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_bf16_is_judged_by_float64(bf16):
     done, _, results = bf16
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
@@ -117,6 +118,7 @@ def test_bf16_is_judged_by_float64(bf16):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_bf16_farther_than_pytorch_is_broken(root, data, bf16, tmp_path):
     _, work, _ = bf16
     shutil.copytree(work, tmp_path / "work")

@@ -22,7 +22,7 @@ from metrics.ter import document, ter
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no java on the PATH")
 
-large = pytest.mark.slow
+large = pytest.mark.slow, pytest.mark.nightly
 SYSTEMS = ["metrics/edge_tok", "decode/webnlg_seed_bart",
            *(pytest.param(f"decode/{name}", marks=large)
              for name in ("webnlg_bart_seen", "webnlg_bart", "dart_bart"))]

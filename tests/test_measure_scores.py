@@ -418,7 +418,7 @@ def copy_of_pycocoevalcap(folder: Path) -> Path:
 
 @pytest.mark.slow
 @needs_java
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.nightly)])
 def test_any_path_of_the_script_and_of_its_packages(tmp_path, locale):
     """Java follows links: the folder that holds the archives counts."""
     folder = tmp_path / "my 实验 caf\u00e9 %20 # = [ ; ' \" & $x!"
@@ -447,7 +447,8 @@ def test_a_colon_in_the_path_of_the_archives(tmp_path):
 
 @pytest.mark.slow
 @needs_java
-@pytest.mark.parametrize("name", ["_JAVA_OPTIONS", "JDK_JAVA_OPTIONS"])
+@pytest.mark.parametrize("name", [
+    "_JAVA_OPTIONS", pytest.param("JDK_JAVA_OPTIONS", marks=pytest.mark.nightly)])
 def test_options_that_java_takes_from_the_environment_change_no_score(tmp_path, name):
     ref, pred = write_spice(tmp_path)
     result = run_script(ref, pred, "-p", **{

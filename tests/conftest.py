@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--nightly"):
         for item in items:
             if item.get_closest_marker("nightly"):
-                item.add_marker(pytest.mark.skip(reason="takes a minute or more; --nightly runs it"))
+                item.add_marker(pytest.mark.skip(reason="a minute or more; --nightly runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -364,6 +364,33 @@ def test_a_segmentation_fault_ends_the_process_with_a_line(jittor):
     assert said.endswith(f"said by 2\nerror: process 0 of 1 {compiling.CRASH}\n")
 
 
+BROKEN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from runtime import backend, script
+
+def main():
+    backend.start("cpu")
+    import jittor as jt
+    results = [jt.code((1,), "int32", [], cpu_src=f"no_such_name{i}();")
+               for i in range(int(sys.argv[2]))]
+    jt.sync(results)
+
+script.run(main)
+"""
+
+
+@pytest.mark.parametrize("operators", [1, 3])
+def test_an_operator_that_is_not_compiled(jittor, operators):
+    process = subprocess.run([sys.executable, "-c", BROKEN, ROOT / "src", str(operators)],
+                             capture_output=True, text=True)
+    *said, last = process.stderr.splitlines()
+    assert process.returncode == 1
+    assert any("no_such_name" in line for line in said)
+    assert "RuntimeError" not in process.stderr  # that of Jittor; its helper has a traceback, too
+    assert re.fullmatch(r"error: Jittor cannot compile an operator, .*g\+\+ works .* room.*", last)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["import", "operators"])
 def test_who_waits_for_another_process_says_so(jittor, kind):

@@ -142,6 +142,21 @@ def test_jittor_home_helps_where_home_does_not(root, tmp_path):
     assert (home, later) == (str(tmp_path), "None")
 
 
+def test_a_lock_that_cannot_be_written(jittor, root, tmp_path):
+    """As in a cache into which another user, such as root, has written."""
+    import jittor_utils
+
+    lock = tmp_path / ".cache/jittor" / jittor_utils.lock.lock_path.partition("/.cache/jittor/")[2]
+    lock.mkdir(parents=True)  # not writable for root, either
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from runtime import backend, script; " \
+           "script.run(lambda: backend.start('cpu'))"
+    process = subprocess.run([sys.executable, "-c", code, root / "src"], capture_output=True,
+                             text=True, env={**os.environ, "JITTOR_HOME": str(tmp_path)})
+    assert process.returncode == 1
+    assert process.stderr == (f"error: {lock}: Is a directory; Jittor writes there: remove it, or "
+                              "set JITTOR_HOME to another folder\n")
+
+
 def test_no_home_at_all(monkeypatch):
     def missing():
         raise RuntimeError("Could not determine home directory.")

@@ -232,7 +232,12 @@ def _prepare_mpi() -> None:
 
 def _provide_onednn() -> bool:
     """Links oneDNN's wheels to where Jittor looks for its download; False without the wheels."""
-    import jittor_utils
+    try:
+        import jittor_utils
+    except (PermissionError, IsADirectoryError) as error:  # of its lock, or of a folder above it
+        sys.unraisablehook = lambda _: None  # its lock cannot close a file that was not opened
+        raise InputError(f"{error.filename}: {error.strerror}; Jittor writes there: remove it, or "
+                         "set JITTOR_HOME to another folder") from None
 
     place = Path(jittor_utils.home(), ".cache", "jittor", "mkl", ONEDNN_FOLDER)
     if (place / "lib" / "libmkldnn.so").is_file() and (place / "include" / "dnnl.hpp").is_file():

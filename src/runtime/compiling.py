@@ -20,6 +20,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -39,8 +40,8 @@ END = b"\0the process ends\n"  # the last line of a process that does not crash
 CRASH = "was killed or crashed; if its memory ran out, take smaller batches or a smaller model"
 WAITING = "waiting for another process that compiles for the same cache ..."
 
-# While stderr is watched: the descriptors of the real one and of the pipe to the relay.
-_watched: tuple[int, int] | None = None
+# While stderr is watched: descriptors of the real one and of the pipe to the relay; the relay.
+_watched: tuple[int, int, subprocess.Popen] | None = None
 
 
 class CoreProgress:
@@ -123,6 +124,20 @@ def import_failed() -> bool:
     return "jittor_utils" in sys.modules and "jittor" not in sys.modules
 
 
+def why_failed(error: BaseException) -> str:
+    """The last line of a script in which Jittor could not compile an operator, else "".
+
+    What the compiler says is on stderr then.
+    """
+    if not re.search("Run cmd failed|during compilation", str(error)):
+        return ""
+    import jittor_utils
+
+    return ("error: Jittor cannot compile an operator, see the lines above; check that "
+            f"{jittor_utils.cc_path} works and that memory, {tempfile.gettempdir()} and "
+            f"{jittor_utils.cache_path} have room")
+
+
 def end_pool() -> None:
     """Ends Jittor's compiler processes, which otherwise stay until the main process ends."""
     import jittor_utils
@@ -149,9 +164,10 @@ def watch() -> None:
     """From now on, what C++ writes to stderr in this process goes through :func:`relay`."""
     global _watched
     reader, writer = os.pipe()
-    _watched = stderr, _ = os.dup(2), writer
+    stderr = os.dup(2)
     # In a session of its own, so that Ctrl-C does not end it before this process.
-    subprocess.Popen([sys.executable, __file__], stdin=reader, start_new_session=True)
+    _watched = stderr, writer, subprocess.Popen([sys.executable, __file__], stdin=reader,
+                                                start_new_session=True)
     if sys.stderr is sys.__stderr__:  # Python keeps the real one
         sys.stderr = open(stderr, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.dup2(writer, 2)
@@ -160,14 +176,19 @@ def watch() -> None:
 
 
 def unwatch() -> None:
-    """Ends :func:`watch`, if it was called. A process that ends without it has crashed."""
+    """Ends :func:`watch`, if it was called, when all is passed on.
+
+    A process that ends without it has crashed.
+    """
     global _watched
     if _watched is not None:
-        stderr, writer = _watched
+        stderr, writer, process = _watched
         with suppress(BrokenPipeError):  # the relay could not be started
             os.write(writer, END)
         os.close(writer)
         os.dup2(stderr, 2)
+        with suppress(subprocess.TimeoutExpired):  # another process can have the pipe, too
+            process.wait(timeout=1)
         _watched = None
 
 

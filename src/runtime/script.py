@@ -50,6 +50,8 @@ def run(main: Callable[[], None]) -> None:
     except BaseException as error:
         if memory.ran_out(error):
             _end(1, OUT_OF_MEMORY)
+        if not_compiled := compiling.why_failed(error):
+            _end(1, not_compiled)
         if processes.world_size() == 1:
             raise
         # At exit, MPI would wait for the other processes, which wait for this one.
@@ -69,6 +71,7 @@ def _open_standard_streams() -> None:
 def _end(code: int, message: str = "") -> NoReturn:
     """Ends this process, and with it all processes of the run; prints ``message`` on stderr."""
     processes.first_to_report()
+    compiling.unwatch()
     if processes.rank():
         time.sleep(GRACE)  # process 0 reports first
     try:
@@ -79,7 +82,6 @@ def _end(code: int, message: str = "") -> NoReturn:
         print(message, file=sys.stderr)
     if processes.world_size() > 1 or compiling.import_failed():
         sys.stderr.flush()
-        compiling.unwatch()
         os._exit(code)  # mpirun then ends the others
     sys.exit(code)
 

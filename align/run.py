@@ -54,6 +54,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32",
                         help="of both sides; bf16 with --strict: a run in float64 follows, and "
                              "Jittor's distance to it may be at most PyTorch's")
+    parser.add_argument("--float64", action="store_true", help="PyTorch runs in float64, too; the "
+                        "report has the distance of both sides to that run")
     parser.add_argument("--card", choices=["gpt2.nano", *PUBLISHED],
                         help="size of GPT-2 (default: gpt2.nano for demo, else gpt2.sm)")
     parser.add_argument("--base", metavar="FILE|random", help="base model (default: the demo's "
@@ -111,11 +113,11 @@ def main() -> None:
             execute("align/torch_init.py", "--model_card", args.card,
                     "--lora_dim", read_flags(args.flags[0], "gpt2_ft")["lora_dim"],
                     "--random_seed", seed, "--output", folder / f"seed{seed}" / "lora.pt")
-            for side in ("torch", "jittor", *(["float64"] if judged else [])):
+            for side in ("torch", "jittor", *["float64"] * (judged or args.float64)):
                 experiment(args, folder, base, seed, side)
     results = report.collect(folder, args.seeds, args.batch_sizes, judged)
     broken = report.broken(results) if args.strict else []
-    if broken and not judged and not args.report_only:
+    if broken and not (judged or args.float64 or args.report_only):
         for seed in sorted({seed for seed, _ in broken}):
             log(f"seed {seed}: a bound is broken; running float64 to compare both sides with it")
             experiment(args, folder, base, seed, "float64")

@@ -9,6 +9,7 @@
 #
 #   --strict             no LoRA dropout, and exit code 1 if a difference is too large
 #   --precision TYPE     float32 or bf16, of both sides; bf16 with --strict compares with float64
+#   --float64            PyTorch in float64, too, and the distance of both sides to it
 #   --card CARD          gpt2.nano, gpt2.sm, gpt2.md or gpt2.lg
 #   --base FILE|random   base model
 #   --steps N            micro-batches to train

@@ -149,6 +149,7 @@ struct TileRegisters {
     }
     static void begin() {
         Configuration configuration;
+        __asm__ volatile("" : : "r"(&configuration) : "memory");  // GCC stores it
         _tile_loadconfig(&configuration);
     }
     static void end() { _tile_release(); }
@@ -178,7 +179,7 @@ struct TileRegisters {
             float* c, int64_t ldc, bool fresh, const float* ahead, int pace) {
         alignas(64) float sums[32 * 32];
         const bool both = rows > 16;
-        __asm__ volatile("" ::: "memory");  // GCC does not know what tiles read
+        __asm__ volatile("" : : : "memory");  // GCC does not know what tiles read
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);

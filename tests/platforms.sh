@@ -3,7 +3,7 @@
 # gpt2.nano, beam search, decode, scores) with several Pythons, compilers and surroundings, and
 # compares the results:
 #
-#   bash tests/platforms.sh [--debian SUITE] [PYTHON:G++:SURROUNDINGS ...]
+#   bash tests/platforms.sh [--system SUITE] [PYTHON:G++:SURROUNDINGS ...]
 #
 # e.g. 3.9:12:plain. The surroundings are
 #
@@ -14,9 +14,9 @@
 #
 # Without combinations, it takes each Python 3.9 to 3.13 of this machine (on the PATH or pyenv's)
 # with the default g++, and each other g++ 11 to 14 with the first of these Pythons (3.11 if it is
-# there), in each of the surroundings in turn. --debian does so in a Debian of that suite (bookworm,
-# trixie), which debootstrap makes in the work folder; pyenv's Pythons can be used there, too. Only
-# root can do that.
+# there), in each of the surroundings in turn. --system does so in a Debian (bookworm, trixie) or an
+# Ubuntu (jammy, noble) that debootstrap makes in the work folder; pyenv's Pythons can be used there,
+# too. Only root can do that.
 #
 # The first combination that ran in the work folder is the reference, and trains the base for LoRA.
 # Token ids, predictions and scores must be equal to its, and losses within 2e-5 (relative): a loss
@@ -155,19 +155,24 @@ try() {  # PYTHON:G++:SURROUNDINGS
         "$surroundings" $((SECONDS - began)) "$said" | tee "$work/$name.row"
 }
 
-# Runs this script in a Debian, where the work folder is /platforms. The mounts end with it.
-run_in_debian() {  # SUITE [COMBINATION...]
-    local root="$work/$1" packages=ca-certificates,python3-venv,python3-dev,default-jre-headless
+# Runs this script in another system, where the work folder is /platforms. The mounts end with it.
+run_in_system() {  # SUITE [COMBINATION...]
+    local root="$work/$1" ubuntu=() compilers script=/usr/share/debootstrap/scripts
     { [[ "$(id -u)" == 0 ]] && command -v debootstrap > /dev/null; } ||
-        fail "--debian needs root and debootstrap; apt-get install debootstrap"
+        fail "--system needs root and debootstrap; apt-get install debootstrap"
     case "$1" in
-    bookworm) packages+=,g++,g++-11,g++-12 ;;
-    trixie) packages+=,g++,g++-12,g++-13,g++-14 ;;
-    *) fail "--debian $1: must be bookworm or trixie" ;;
+    bookworm) compilers=g++-11,g++-12 ;;
+    trixie) compilers=g++-12,g++-13,g++-14 ;;
+    jammy) compilers=g++-11,g++-12 ubuntu=(http://archive.ubuntu.com/ubuntu "$script/jammy") ;;
+    noble) compilers=g++-11,g++-12,g++-13,g++-14
+        ubuntu=(http://archive.ubuntu.com/ubuntu "$script/jammy") ;;  # an old debootstrap has no other
+    *) fail "--system $1: must be bookworm, trixie, jammy or noble" ;;
     esac
     if [[ ! -e "$root/made" ]]; then
         rm -rf "$root"
-        debootstrap --variant=minbase --include="$packages" "$1" "$root"
+        debootstrap --variant=minbase ${ubuntu:+--components=main,universe} \
+            --include="ca-certificates,python3-venv,python3-dev,default-jre-headless,g++,$compilers" \
+            "$1" "$root" "${ubuntu[@]}"
         cp -L /etc/resolv.conf /etc/hosts "$root/etc"
         cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs"
         mkdir -p "$root/platforms" "$root$HOME/.pyenv"
@@ -184,13 +189,13 @@ run_in_debian() {  # SUITE [COMBINATION...]
 }
 
 mkdir -p "$work/source" "$work/results"
-if [[ ! "$PWD" -ef "$work/source" ]]; then  # in a Debian, this script is that copy
+if [[ ! "$PWD" -ef "$work/source" ]]; then  # in another system, this is that copy
     rm -rf "$work/source"
     mkdir "$work/source"
     git ls-files -z | tar -c --null -T - | tar -x -C "$work/source"
 fi
-if [[ "${1:-}" == --debian ]]; then
-    run_in_debian "${@:2}"
+if [[ "${1:-}" == --system ]]; then
+    run_in_system "${@:2}"
     exit
 fi
 if (( $# == 0 )); then

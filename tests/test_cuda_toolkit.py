@@ -114,7 +114,9 @@ def test_a_toolkit_that_suits_jittor_is_taken_as_it_is(machine, tmp_path, monkey
     ({"compilers": {"g++": 15, "g++-14": 14}}, {"newest": 12}, r"g\+\+, g\+\+-14; .*g\+\+-12, or"),
     ({"compilers": {}}, {}, r"g\+\+, which is not installed"),
     ({"compilers": {"g++": 13, "c": 14}, "cc_path": "c"}, {}, r"with c; .*g\+\+-13.*cc_path"),
-    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, {}, "2 processes on this machine, GPUs: 1; "),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, {}, "2 processes on this machine, GPUs: 1; .* own$"),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"}, {},
+     "GPUs: 1; .*let CUDA_VISIBLE_DEVICES name all"),
     ({"says": "12040 89 89", "OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, {}, "3 processes .* GPUs: 2; "),
 ])
 def test_what_a_machine_lacks(machine, wheels, monkeypatch, setting, toolkit, reason):

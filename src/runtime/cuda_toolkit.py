@@ -194,10 +194,11 @@ def _find_gpu() -> tuple[Gpu | None, str]:
         return None, f"the NVIDIA driver crashes (exit code {query.returncode})"
     said = json.loads(query.stdout)
     count, number = len(said["capabilities"]), processes.local_rank()
-    if count < processes.local_size():
-        return None, (f"{processes.local_size()} processes on this machine, GPUs: {count}; each "
-                      "process needs one of its own")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if count < processes.local_size():
+        remedy = ", so let CUDA_VISIBLE_DEVICES name all of them in each" if visible else ""
+        return None, (f"{processes.local_size()} processes on this machine, GPUs: {count}; each "
+                      f"process takes one of its own{remedy}")
     return Gpu(visible.split(",")[number].strip() if visible else str(number),
                tuple(said["capabilities"][number]),
                (said["version"] // 1000, said["version"] % 1000 // 10)), ""

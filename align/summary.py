@@ -38,7 +38,7 @@ WORDS = {
         "of": "/", "size": "batch size"},
 }
 # document -> (path of the results relative to the document, language); the first two have
-# only the strict runs in float32, without those on the demo's data
+# only the strict runs in float32, without those on the demo's data and with --float64
 DOCUMENTS = {"README.md": ("align/results", "en"), "README.cn.md": ("align/results", "cn"),
              "align/README.md": ("results", "en"), "align/README.cn.md": ("results", "cn")}
 
@@ -55,7 +55,8 @@ def publish(root: Path) -> None:
                              f"{BEGIN} and {END}")
         before, rest = text.split(BEGIN)
         shown = [run for run in results if folder == "results"
-                 or not run["name"].startswith("demo-") and _kind(run) == "strict"]
+                 or not run["name"].startswith("demo-") and _kind(run) == "strict"
+                 and "--float64" not in shlex.split(run["command"])]
         filled = f"{before}{BEGIN}\n{tables(shown, folder, language)}{END}{rest.split(END)[1]}"
         if filled != text:
             with replacing(path) as file:

@@ -48,7 +48,7 @@ def run(root, data, tmp_path_factory):
     pytest.importorskip("transformers")
     out = tmp_path_factory.mktemp("align")
     work, results = out / "work", out / "results"
-    done = align(root, data, *FLAGS, "--work_dir", work, "--results", results)
+    done = align(root, data, *FLAGS, "--float64", "--work_dir", work, "--results", results)
     return done, work, results
 
 
@@ -66,6 +66,16 @@ def test_strict_run_agrees(run):
     assert one["identical"] == {"1": one["samples"], "8": one["samples"]}
     assert one["scores"]["torch"] == one["scores"]["jittor"]
     assert one["last_losses"]["torch"] < one["mean_loss"]["torch"]  # training reduced the loss
+
+
+@pytest.mark.slow
+def test_float32_is_as_near_to_float64_as_pytorchs(run):
+    _, _, results = run
+    one, = json.loads((results / "short" / "results.json").read_text())["seeds"].values()
+    torch, jittor = one["float64"]["torch"], one["float64"]["jittor"]
+    assert 0 < jittor["loss"]["rms"] <= 1.5 * torch["loss"]["rms"] < 1e-5
+    assert 0 < jittor["lora_all"] <= 1.5 * torch["lora_all"] < 1e-4
+    assert "| Jittor to PyTorch in float64: " in (results / "short" / "table.md").read_text()
 
 
 @pytest.mark.slow
@@ -202,6 +212,8 @@ def publish(root):
 def test_table_of_all_runs(root, run, tmp_path):
     """Each document gets one row per result and no other change; a second call changes nothing."""
     shutil.copytree(run[2], tmp_path / "align" / "results")
+    short = tmp_path / "align/results/short/results.json"
+    short.write_text(short.read_text().replace(" --float64", ""))  # the READMEs show no such run
     paper = json.loads((run[2] / "short" / "results.json").read_text())
     one, = paper["seeds"].values()
     paper.update(name="dropout", command="bash align/run.sh demo",

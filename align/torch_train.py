@@ -135,7 +135,7 @@ def train(model, optimizer, schedule, train_loader, valid_loader, max_step, args
             bar.update(note=f"loss {losses[-1]:.2f}, ppl {perplexity(losses[-1]):.2f}")
 
             row = dict(step=step, epoch=epoch, lr=lr, loss=losses[-1], ms_per_batch=times[-1])
-            if step % args.log_interval == 0:
+            if step % args.log_interval == 0 or step == total:
                 mean = sum(losses) / len(losses)
                 report.line(f"| epoch {epoch:3d} step {step:>8d} | {number:>6d} batches | "
                             f"lr {schedule.lr:.3g} | ms/batch {sum(times) / len(times):5.2f} | "

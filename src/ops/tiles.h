@@ -149,7 +149,7 @@ struct TileRegisters {
     }
     static void begin() {
         Configuration configuration;
-        __asm__ volatile("" : : "r"(&configuration) : "memory");  // GCC stores it
+        __asm__ volatile("" : : "r"(&configuration) : "memory");  // or GCC leaves its stores out
         _tile_loadconfig(&configuration);
     }
     static void end() { _tile_release(); }

@@ -46,9 +46,27 @@ template <> struct Form<PACKED_INT8> {
     static const int GROUP = 4;
 };
 
+// Whether the products of a layout are computed in tile registers.
+template <Layout layout> static bool in_registers() {
+    typedef typename Form<layout>::T T;
+    return T::GROUP > 1 && T::GROUP == Form<layout>::GROUP && TileRegisters::usable();
+}
+
 // How many words K numbers are: of bfloat16s and bytes as many as fill tile registers.
 template <int GROUP> static int words_of(int K) {
     return GROUP == 1 ? K : (K + 16 * GROUP - 1) / (16 * GROUP) * 16;
+}
+
+// The first address from `place` on at which a line of the cache begins: vectors and tile registers
+// are loaded faster if they do not lie across two lines.
+template <class Word> static inline Word* line_from(Word* place) {
+    return (Word*)(((uintptr_t)place + 63) / 64 * 64);
+}
+
+// Memory for `count` words, which stays for the next call; Jittor runs one operator at a time.
+template <class Word> static Word* keep(std::vector<Word>& memory, int64_t count) {
+    if ((int64_t)memory.size() < count + 16) memory.resize(count + 16);
+    return line_from(memory.data());
 }
 
 static inline int32_t bfloat16_pair(float low, float high) {
@@ -128,10 +146,14 @@ static inline void widen(const int32_t* from, int count, int32_t* low, int32_t* 
     }
 }
 
-// A square of NR x NR numbers as bfloat16s: two rows become one of pairs.
-static inline void join_pairs(const float* from, int32_t* to) {
-    for (int r = 0; r < NR; r += 2, from += 2 * NR, to += NR)
-        for (int i = 0; i < NR; i++) to[i] = bfloat16_pair(from[i], from[i + NR]);
+// `count` numbers as bfloat16s, two in a word; the second of the last is 0 if their count is odd.
+static inline void join_pairs(const float* from, int count, int32_t* to) {
+#ifdef __AVX512BF16__
+    for (; count >= 32; count -= 32, from += 32, to += 16)
+        store(to, _mm512_cvtne2ps_pbh(load<__m512>(from + 16), load<__m512>(from)));
+#endif
+    for (; count > 0; count -= 2, from += 2)
+        *to++ = bfloat16_pair(from[0], count > 1 ? from[1] : 0);
 }
 
 typedef int16_t Halves __attribute__((vector_size(W * 4)));
@@ -158,9 +180,9 @@ struct Next {
 // columns of c. The rows are divided evenly among the tiles: 46 rows are 6 tiles of 6 and 2 of 5,
 // not 7 of 6 and one of 4. Prefetches what is next.
 template <class T>
-static void tiles(int M, Rows<typename T::Word> a, int panels, const typename T::Word* b, float* c,
-        int64_t ldc, bool half, bool fresh, Next next) {
-    const int count = (M + MR - 1) / MR, K = panels * a.width;
+static void tiles(int M, Rows<typename T::Word> a, const typename T::Word* b, float* c, int64_t ldc,
+        bool half, bool fresh, Next next) {
+    const int count = (M + MR - 1) / MR;
     const bool whole = next.lines == 1;
     for (int t = 0, m = 0, end, l = 0; t < count; t++, m = end) {
         end = (int64_t)M * (t + 1) / count;
@@ -168,40 +190,44 @@ static void tiles(int M, Rows<typename T::Word> a, int panels, const typename T:
             for (int i = 0; i < next.line; i += 16)
                 __builtin_prefetch(next.at(l * next.stride + i));
         const float* ahead = whole ? next.at((int64_t)t * next.line / count) : (const float*)b;
-        const int pace = whole ? next.line / count / K : 0;
+        const int pace = whole ? next.line / count / a.words() : 0;
         if (half)
-            tile_of<T, MR, 1>(end - m, a.from(m), panels, b, c + m * ldc, ldc, fresh, ahead, pace);
+            tile_of<T, MR, 1>(end - m, a.from(m), b, c + m * ldc, ldc, fresh, ahead, pace);
         else
-            tile_of<T, MR, 2>(end - m, a.from(m), panels, b, c + m * ldc, ldc, fresh, ahead, pace);
+            tile_of<T, MR, 2>(end - m, a.from(m), b, c + m * ldc, ldc, fresh, ahead, pace);
     }
 }
 
 // The same in tile registers, for words that are no floats.
 template <class T>
-static void register_tiles(int M, Rows<typename T::Word> a, int panels, const typename T::Word* b,
-        float* c, int64_t ldc, bool half, bool fresh, Next next) {
-    const int count = (M + 31) / 32, K = panels * a.width;
-    for (int t = 0; t < count; t++)
-        TileRegisters::tile<T>(std::min(32, M - t * 32), a.from(t * 32), panels, b,
-                c + (int64_t)t * 32 * ldc, ldc, fresh, next.at((int64_t)t * next.line / count),
-                next.line / count / K);
+static void register_tiles(int M, Rows<typename T::Word> a, const typename T::Word* b, float* c,
+        int64_t ldc, bool half, bool fresh, Next next) {
+    const int count = (M + 31) / 32, steps = count * (next.lines == 1 ? a.words() / 16 : 1);
+    const int pace = (next.line / 16 + steps - 1) / steps;
+    for (int t = 0; t < count; t++) {
+        const int rows = std::min(32, M - t * 32);
+        const auto tile = rows > 16 ? TileRegisters::tile<T, true> : TileRegisters::tile<T, false>;
+        tile(rows, a.from(t * 32), b, c + (int64_t)t * 32 * ldc, ldc, half, fresh,
+                next.at((int64_t)t * next.line / count), pace,
+                next.lines == 1 ? pace * 16 : next.stride);
+    }
 }
 
-// C (M, N) = A B, where a holds the words of A's rows. finish(m, n, count, row) may change
+// C (M, N) = A B, where a has the words of A's rows. finish(m, n, count, row) may change
 // row[0 .. count), which are C[m, n .. n + count), once they are sums over all of K; each is
 // finished once. The sums of bytes are integers.
 template <Layout layout, class Finish>
-static void multiply(int M, int N, int K, const typename Form<layout>::T::Word* a,
+static void multiply(int M, int N, int K, Rows<typename Form<layout>::T::Word> a,
         const typename Form<layout>::Stored* B, float* C, Finish finish) {
     typedef Form<layout> F;
     typedef typename F::T T;
     typedef typename T::Word Word;
     constexpr bool packed = layout >= PACKED, in_place = packed && F::GROUP == T::GROUP;
     constexpr int wider = F::GROUP / T::GROUP;  // words that a word of B becomes
-    const int stored = words_of<F::GROUP>(K), words = T::GROUP == 1 ? K : stored * wider;
-    const bool registers = in_place && T::GROUP > 1 && TileRegisters::usable();
+    const int stored = words_of<F::GROUP>(K), words = a.words();
+    const bool registers = in_registers<layout>();
     // For each block of A's rows, all of B is read, which takes less time if B is packed.
-    const int MB = registers ? 192 : in_place ? 96 : 128, unit = registers ? 32 : 1;
+    const int MB = registers ? 256 : in_place ? 96 : 128, unit = registers ? 32 : 1;
     const int depth = registers ? words : in_place ? PACKED_KC : KC;
     const int panels = (N + NR - 1) / NR, blocks = (M + MB - 1) / MB;
     const auto row = [&](int block) {  // the first of a block
@@ -211,7 +237,7 @@ static void multiply(int M, int N, int K, const typename Form<layout>::T::Word* 
     #pragma omp parallel
     {
         alignas(64) Word block[in_place ? 1 : KC * NR];
-        alignas(64) float edge[192 * NR];  // C's last columns, full width
+        alignas(64) float edge[256 * NR];  // C's last columns, full width
         if (registers) TileRegisters::begin();
 
         // Adds A's words times B's words k to k + depth - 1 to C's rows m0 to m1 - 1 in `panel`.
@@ -238,8 +264,7 @@ static void multiply(int M, int N, int K, const typename Form<layout>::T::Word* 
                 next = {B + (layout == ROWS ? next_k * ld + next_n : next_n * ld + next_k), ld,
                         layout == ROWS ? kc : NR, layout == ROWS ? NR : kc};
             }
-            (registers ? register_tiles<T> : tiles<T>)(m1 - m0,
-                    Rows<Word>{a + (int64_t)m0 * words + k, words, kc, 0}, 1, b, c, ldc, false,
+            (registers ? register_tiles<T> : tiles<T>)(m1 - m0, a.from(m0, k, kc), b, c, ldc, false,
                     k == 0, next);
             if (k + kc < words) return;
             for (int m = m0; m < m1; m++) {
@@ -250,10 +275,12 @@ static void multiply(int M, int N, int K, const typename Form<layout>::T::Word* 
         };
         // Threads take a few panels at a time, because other processes may slow one of them down.
         // The next block of rows finds these panels in the cache.
-        const int group = std::max(1, std::min(8, panels / (4 * omp_get_num_threads())));
+        const int threads = omp_get_num_threads();
+        const int shares = threads * std::max(4, (panels + 8 * threads - 1) / (8 * threads));
         #pragma omp for schedule(dynamic) nowait
-        for (int first = 0; first < panels; first += group) {
-            const int last = std::min(panels, first + group);
+        for (int share = 0; share < shares; share++) {
+            const int first = (int64_t)panels * share / shares;
+            const int last = (int64_t)panels * (share + 1) / shares;
             for (int i = 0; i < blocks; i++) {
                 const int m0 = row(i), m1 = row(i + 1);
                 if (words <= DOWN)
@@ -278,35 +305,40 @@ static void multiply_transposed(
     typedef typename F::T T;
     typedef typename T::Word Word;
     constexpr bool in_place = F::GROUP == 1;
-    const bool registers = T::GROUP > 1 && TileRegisters::usable();
-    const int RANGE = 96, CHUNK = registers ? 32 : 4;  // rows of B, panels of B at a time
-    const int MB = 256;                                // rows of A at a time
-    constexpr int width = NR / T::GROUP;               // words of a panel's row
+    const bool registers = in_registers<layout>();
+    const int MB = 256, CHUNK = registers ? 32 : 4;  // rows of A, panels of B at a time
+    const int RANGE =                                // rows of B at a time, as a multiple of 32
+            std::max(32, std::min(96, K / (2 * omp_get_max_threads()) / 32 * 32));
+    constexpr int width = NR / T::GROUP;  // words of a panel's row
     const int panels = (N + NR - 1) / NR;
     const int64_t stored = words_of<F::GROUP>(K), depth = (int64_t)panels * width;
-    // The words of A^T in panels (parts of the rows of A, depth, NR), 0 where there is no row. The
-    // memory stays for the next call; Jittor runs one operator at a time.
-    static std::vector<Word> turned;
+    // The words of A^T in panels (parts of the rows of A, depth, NR), 0 where there is no row.
+    static std::vector<Word> memory;
     for (int m0 = 0; m0 < M; m0 += MB, A += (int64_t)MB * N, C += (int64_t)MB * K) {
         const int m = std::min(MB, M - m0), parts = (m + NR - 1) / NR;
-        turned.resize(parts * depth * NR);
+        Word* turned = keep(memory, parts * depth * NR);
         #pragma omp parallel
         {
-            static thread_local std::vector<float> sums;  // C^T (parts, RANGE, NR)
-            static thread_local std::vector<Word> block;
-            sums.resize(parts * RANGE * NR);
-            block.resize(in_place ? 0 : RANGE * CHUNK * width);
-            alignas(64) float floats[NR * NR];
+            static thread_local std::vector<float> sum_memory;
+            static thread_local std::vector<Word> block_memory;
+            float* sums = keep(sum_memory, parts * RANGE * NR);  // C^T (parts, RANGE, NR)
+            Word* block = keep(block_memory, in_place ? 0 : RANGE * CHUNK * width);
+            alignas(64) int32_t pairs[NR * NR];  // (NR rows of A, width)
             #pragma omp for collapse(2)
             for (int part = 0; part < parts; part++)
                 for (int panel = 0; panel < panels; panel++) {
                     const int n = panel * NR, cols = std::min(NR, N - n);
                     const int first = part * NR, rows = std::min(NR, m - first);
-                    Word* to = turned.data() + (part * depth + (int64_t)panel * width) * NR;
-                    float* square = T::GROUP == 1 ? (float*)to : floats;  // (NR of N, NR of M)
-                    if (cols < NR || rows < NR) std::fill_n(square, NR * NR, 0.f);
-                    transpose(A + (int64_t)first * N + n, N, rows, cols, square, NR);
-                    if (T::GROUP > 1) join_pairs(floats, (int32_t*)to);
+                    const float* from = A + (int64_t)first * N + n;
+                    float* to = (float*)turned + (part * depth + (int64_t)panel * width) * NR;
+                    if (cols < NR || rows < NR) std::fill_n(to, width * NR, 0.f);
+                    if (T::GROUP == 1) {
+                        transpose(from, N, rows, cols, to, NR);
+                        continue;
+                    }
+                    for (int r = 0; r < rows; r++)
+                        join_pairs(from + (int64_t)r * N, cols, pairs + r * width);
+                    transpose((const float*)pairs, width, rows, (cols + 1) / 2, to, NR);
                 }
             if (registers) TileRegisters::begin();
             #pragma omp for schedule(dynamic)
@@ -315,13 +347,13 @@ static void multiply_transposed(
                 for (int panel = 0; panel < panels; panel += CHUNK) {
                     const int count = std::min(CHUNK, panels - panel);
                     const auto* from = B + (panel * stored + k / F::GROUP) * NR;
-                    Rows<Word> b = {(const Word*)from, NR, NR, stored * NR};
+                    Rows<Word> b = {(const Word*)from, NR, NR, count, stored * NR};
                     if (!in_place) {
-                        b = {block.data(), width, width, RANGE * width};
+                        b = {block, width, width, count, RANGE * width};
                         for (int p = 0; p < count; p++)
                             for (int r = 0; r < rows; r += 2)
                                 split((const int32_t*)from + (p * stored + r / 2) * NR,
-                                        block.data() + (p * RANGE + r) * width);
+                                        block + (p * RANGE + r) * width);
                     }
                     const bool last = panel + CHUNK >= panels;
                     const auto* follows =
@@ -332,14 +364,14 @@ static void multiply_transposed(
                                 (rows / F::GROUP * (part + 1) / parts - begin) * NR};
                     };
                     for (int part = 0; part < parts; part++)
-                        (registers ? register_tiles<T> : tiles<T>)(rows, b, count,
-                                turned.data() + (part * depth + (int64_t)panel * width) * NR,
-                                sums.data() + part * RANGE * NR, NR, m - part * NR <= W, panel == 0,
+                        (registers ? register_tiles<T> : tiles<T>)(rows, b,
+                                turned + (part * depth + (int64_t)panel * width) * NR,
+                                sums + part * RANGE * NR, NR, m - part * NR <= W, panel == 0,
                                 next(part));
                 }
                 for (int part = 0; part < parts; part++)
-                    transpose(sums.data() + part * RANGE * NR, NR, rows,
-                            std::min(NR, m - part * NR), C + (int64_t)part * NR * K + k, K);
+                    transpose(sums + part * RANGE * NR, NR, rows, std::min(NR, m - part * NR),
+                            C + (int64_t)part * NR * K + k, K);
             }
             if (registers) TileRegisters::end();
         }

@@ -5,51 +5,64 @@
 
 #include "gemm.h"
 
-// Memory for the words of rows, and for as many rows more as fill tile registers. It stays for the
-// next call; Jittor runs one operator at a time.
-static int32_t* row_words(int rows, int words) {
-    static std::vector<int32_t> memory;
-    memory.resize(((int64_t)rows + 31) / 32 * 32 * words);
-    return memory.data();
+// The numbers of a weight. Those of a packed one begin with a line of the cache.
+template <gemm::Layout layout>
+static typename gemm::Form<layout>::Stored* numbers_of(const void* weight) {
+    auto* place = (typename gemm::Form<layout>::Stored*)weight;
+    return layout >= gemm::PACKED ? gemm::line_from(place) : place;
 }
 
-// The rows of x in words, 0 beyond n_in.
-static const float* words_of_rows(gemm::Float32, const float* x, int rows, int n_in, float*) {
-    return x;
+// The words of the rows of x, 0 beyond n_in. Tile registers read rows until they are full.
+template <gemm::Layout layout> static gemm::Rows<int32_t> row_words(int rows, int words) {
+    static std::vector<int32_t> memory;
+    const int64_t padded = (rows + 31) / 32 * 32;
+    const int32_t* start = gemm::keep(memory, padded * words);
+    if (gemm::in_registers<layout>()) return {start, 16, 16, words / 16, padded * 16};
+    return {start, words, words, 1, 0};
+}
+
+template <gemm::Layout layout>
+static gemm::Rows<float> words_of_rows(gemm::Float32, const float* x, int, int n_in, float*) {
+    return {x, n_in, n_in, 1, 0};
 }
 
 #ifdef __AVX512BF16__
-static const int32_t* words_of_rows(gemm::BFloat16, const float* x, int rows, int n_in, float*) {
-    const int words = gemm::words_of<2>(n_in);
-    int32_t* to = row_words(rows, words);
+template <gemm::Layout layout>
+static gemm::Rows<int32_t> words_of_rows(
+        gemm::BFloat16, const float* x, int rows, int n_in, float*) {
+    const auto to = row_words<layout>(rows, gemm::words_of<2>(n_in));
     #pragma omp parallel for
-    for (int m = 0; m < rows; m++) {
-        const float* from = x + (int64_t)m * n_in;
-        int32_t* row = to + (int64_t)m * words;
-        for (int k = 0; k < n_in / 2; k++)
-            row[k] = gemm::bfloat16_pair(from[2 * k], from[2 * k + 1]);
-        if (n_in % 2) row[n_in / 2] = gemm::bfloat16_pair(from[n_in - 1], 0);
-        std::fill(row + (n_in + 1) / 2, row + words, 0);
-    }
+    for (int m = 0; m < rows; m++)
+        for (int k = 0; k < to.words(); k += to.width) {
+            const int count = std::max(0, std::min(2 * to.width, n_in - 2 * k));
+            int32_t* place = (int32_t*)to.start + to.place(m, k);
+            gemm::join_pairs(x + (int64_t)m * n_in + 2 * k, count, place);
+            std::fill(place + (count + 1) / 2, place + to.width, 0);
+        }
     return to;
 }
 #endif
 
 // Integers from 1 to 255: x / scale + 128.
-template <class Integers>
-static const int32_t* words_of_rows(Integers, const float* x, int rows, int n_in, float* scales) {
+template <gemm::Layout layout, class Integers>
+static gemm::Rows<int32_t> words_of_rows(
+        Integers, const float* x, int rows, int n_in, float* scales) {
     typedef typename std::conditional<Integers::GROUP == 4, uint8_t, uint16_t>::type Number;
-    const int words = gemm::words_of<4>(n_in) * 4 / Integers::GROUP;
-    int32_t* to = row_words(rows, words);
+    const int group = Integers::GROUP;
+    const auto to = row_words<layout>(rows, gemm::words_of<4>(n_in) * 4 / group);
     #pragma omp parallel for
     for (int m = 0; m < rows; m++) {
         const float* from = x + (int64_t)m * n_in;
-        Number* row = (Number*)(to + (int64_t)m * words);
         float high = 0;
         for (int k = 0; k < n_in; k++) high = std::max(high, std::abs(from[k]));
         const float scale = scales[m] = gemm::scale_of(high);
-        for (int k = 0; k < n_in; k++) row[k] = gemm::quantised(from[k], scale) + 128;
-        std::fill(row + n_in, row + words * Integers::GROUP, 0);
+        for (int k = 0; k < to.words(); k += to.width) {
+            const int count = std::max(0, std::min(group * to.width, n_in - group * k));
+            Number* place = (Number*)(to.start + to.place(m, k));
+            for (int i = 0; i < count; i++)
+                place[i] = gemm::quantised(from[group * k + i], scale) + 128;
+            std::fill(place + count, place + group * to.width, 0);
+        }
     }
     return to;
 }
@@ -58,9 +71,9 @@ template <gemm::Layout layout>
 static void linear(float* y, const float* x, const void* weight, const float* bias,
         const float* residual, int rows, int n_out, int n_in) {
     typedef gemm::Form<layout> Form;
-    const auto* stored = (const typename Form::Stored*)weight;
+    const auto* stored = numbers_of<layout>(weight);
     std::vector<float> row_scales(rows);
-    const auto* words = words_of_rows(typename Form::T(), x, rows, n_in, row_scales.data());
+    const auto words = words_of_rows<layout>(typename Form::T(), x, rows, n_in, row_scales.data());
     const int64_t padded = (n_out + gemm::NR - 1) / gemm::NR * gemm::NR;
     const float* scales = (const float*)stored + padded * gemm::words_of<Form::GROUP>(n_in);
     const int32_t* sums = (const int32_t*)scales + padded;
@@ -85,20 +98,20 @@ static void linear(float* y, const float* x, const void* weight, const float* bi
 template <gemm::Layout layout>
 static void grad_linear_x(
         float* dx, const float* dy, const void* weight, int rows, int n_out, int n_in) {
-    gemm::multiply_transposed<layout>(
-            rows, n_out, n_in, dy, (const typename gemm::Form<layout>::Stored*)weight, dx);
+    gemm::multiply_transposed<layout>(rows, n_out, n_in, dy, numbers_of<layout>(weight), dx);
 }
 
 template <gemm::Layout layout, gemm::Layout packed>
 static void pack_weight(void* to, const float* weight, int n_out, int n_in) {
-    gemm::pack<layout, packed>(n_out, n_in, weight, (typename gemm::Form<packed>::Stored*)to);
+    gemm::pack<layout, packed>(n_out, n_in, weight, numbers_of<packed>(to));
 }
 
 // The columns of a packed weight that `which` numbers, as rows: y (rows, n_in).
-static float number(const float* words, int n_in, int k, int n) {
+static float number(gemm::Form<gemm::PACKED>, const float* words, int n_in, int k, int n) {
     return words[((int64_t)n / gemm::NR * n_in + k) * gemm::NR + n % gemm::NR];
 }
-static float number(const int32_t* words, int n_in, int k, int n) {
+static float number(
+        gemm::Form<gemm::PACKED_BFLOAT16>, const int32_t* words, int n_in, int k, int n) {
     const int64_t row = (int64_t)n / gemm::NR * gemm::words_of<2>(n_in) + k / 2;
     const uint32_t word = words[row * gemm::NR + n % gemm::NR];
     const uint32_t high = k % 2 ? word >> 16 << 16 : word << 16;
@@ -106,9 +119,11 @@ static float number(const int32_t* words, int n_in, int k, int n) {
     std::memcpy(&x, &high, 4);
     return x;
 }
-template <class Word>
-static void packed_columns(float* y, const Word* weight, const int* which, int rows, int n_in) {
+template <gemm::Layout packed>
+static void packed_columns(float* y, const void* weight, const int* which, int rows, int n_in) {
+    const auto* words = numbers_of<packed>(weight);
     #pragma omp parallel for
     for (int i = 0; i < rows; i++)
-        for (int k = 0; k < n_in; k++) y[(int64_t)i * n_in + k] = number(weight, n_in, k, which[i]);
+        for (int k = 0; k < n_in; k++)
+            y[(int64_t)i * n_in + k] = number(gemm::Form<packed>(), words, n_in, k, which[i]);
 }

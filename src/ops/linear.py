@@ -129,7 +129,7 @@ def pack_weight(weight: jt.Var, transposed: bool = False,
     rows += 2 * (precision == "int8")  # scales and sums of the columns
     layout = "COLUMNS" if transposed else "ROWS"
     words, = run("linear", f"pack_weight<gemm::{layout}, gemm::{packed}>",
-                 {"packed": (padded * rows,)}, {"weight": weight},
+                 {"packed": (padded * rows + 16,)}, {"weight": weight},  # linear.h aligns them
                  dtypes=["float32" if numbers == 1 else "int32"], n_out=n_out, n_in=n_in)
     return PackedWeight(words.stop_grad(), n_in, n_out, precision, transposed)
 
@@ -144,7 +144,6 @@ def packed_columns(weight: PackedWeight, which: jt.Var) -> jt.Var:
     if jt.flags.use_cuda:
         rows = weight.words[which] if weight.transposed else weight.words[:, which].transpose()
         return rows.float32()
-    kind = "float" if weight.precision == "float32" else "int32_t"
-    return run("linear", f"packed_columns<{kind}>",
+    return run("linear", f"packed_columns<gemm::{_PACKED[weight.precision][1]}>",
                {"y (rows, n_in)": (which.shape[0], weight.n_in)},
                {"weight": weight.words, "which": which})[0]

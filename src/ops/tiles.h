@@ -89,27 +89,33 @@ struct BFloat16 {
 typedef Float32 BFloat16;  // the numbers are widened first
 #endif
 
-// Rows of words: row r has its word k at start[r * ld + k] or, if they are divided into panels of
-// `width` words, at start[k / width * jump + r * ld + k % width].
+// Rows of words in `panels` panels of `width` words: row r has its word k at start[place(r, k)].
 template <class Word> struct Rows {
     const Word* start;
     int64_t ld;
-    int width;
+    int width, panels;
     int64_t jump;
-    Rows from(int r) const { return {start + r * ld, ld, width, jump}; }
+    int64_t place(int r, int k) const { return k / width * jump + r * ld + k % width; }
+    int words() const { return width * panels; }
+    // The rows from r on, of each the `count` words from word k on.
+    Rows from(int r, int k, int count) const {
+        const int part = std::min(width, count);
+        return {start + place(r, k), ld, part, count / part, jump};
+    }
+    Rows from(int r) const { return from(r, 0, words()); }
 };
 
-// c (R, H W) += a (R, K) b (K, H W) in words, or c = a b if `fresh`, where K = panels * a.width;
-// rows of b and c are NR and ldc apart. Prefetches from `ahead` on, `pace` words in each step.
+// c (R, H W) += a (R, K) b (K, H W) in words, or c = a b if `fresh`; rows of b and c are NR and ldc
+// apart. Prefetches from `ahead` on, `pace` words in each step.
 template <class T, int R, int H>
-static void tile(Rows<typename T::Word> a, int panels, const typename T::Word* b, float* c,
-        int64_t ldc, bool fresh, const float* ahead, int pace) {
+static void tile(Rows<typename T::Word> a, const typename T::Word* b, float* c, int64_t ldc,
+        bool fresh, const float* ahead, int pace) {
     typedef typename T::Sums Sums;
     typedef typename T::Words Words;
     Sums sums[R][H];
     for (int r = 0; r < R; r++)
         for (int h = 0; h < H; h++) sums[r][h] = Sums{};
-    for (int panel = 0; panel < panels; panel++, a.start += a.jump)
+    for (int panel = 0; panel < a.panels; panel++, a.start += a.jump)
         for (int k = 0; k < a.width; k++, b += NR, ahead += pace) {
             Words words[H];
             for (int h = 0; h < H; h++) words[h] = load<Words>(b + h * W);
@@ -133,8 +139,9 @@ static void tile_of(int rows, Arguments... arguments) {
     tile_of<T, (R > 1 ? R - 1 : R), H>(rows, arguments...);
 }
 
-// Intel's tile registers ("AMX") hold 16 rows of 16 words: 0 to 3 sums, 4 and 5 rows of a, 6 and 7
-// columns of b.
+// Intel's tile registers ("AMX") hold 16 rows of 16 words: 0 to 3 sums, 4 and 5 rows of a, 6
+// columns of b. 7 is left free: where another thread runs on the same core, the processor has few
+// registers more than these for renaming, and products take longer the more of them are in use.
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 struct TileRegisters {
     struct alignas(64) Configuration {
@@ -153,59 +160,92 @@ struct TileRegisters {
         _tile_loadconfig(&configuration);
     }
     static void end() { _tile_release(); }
-    static void add_first(BFloat16) {
+    // 32 rows times the left or right columns of b, or 16 rows times both, the right ones in 5.
+    static void add_left(BFloat16) {
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-    }
-    static void add_second(BFloat16) {
         _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
     }
-    static void add_first(Int8) {
+    static void add_right(BFloat16) {
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_dpbf16ps(3, 5, 6);
+    }
+    static void add_both(BFloat16) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 5);
+    }
+    static void add_left(Int8) {
         _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-    }
-    static void add_second(Int8) {
         _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
     }
-    static void add_first(Float32) {}
-    static void add_second(Float32) {}
+    static void add_right(Int8) {
+        _tile_dpbusd(1, 4, 6);
+        _tile_dpbusd(3, 5, 6);
+    }
+    static void add_both(Int8) {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 5);
+    }
+    static void add_left(Float32) {}
+    static void add_right(Float32) {}
+    static void add_both(Float32) {}
 
-    // c (rows, NR) += a (rows, K) b (K, NR) in words, as tile() does; rows is at most 32, but as
-    // many of a as fill tiles are read. Prefetches `pace` lines in each step of 16 words.
-    template <class T>
-    static void tile(int rows, Rows<typename T::Word> a, int panels, const typename T::Word* b,
-            float* c, int64_t ldc, bool fresh, const float* ahead, int pace) {
-        alignas(64) float sums[32 * 32];
-        const bool both = rows > 16;
+    // c (rows, NR) += a (rows, K) b (K, NR) in words, as tile() does; if `half`, only the first W
+    // columns of c. rows is at most 16 or, if BOTH, 32, but as many of a as fill tiles are read;
+    // a.width is a multiple of 16. Prefetches `pace` lines from `ahead` on in each step of 16
+    // words, whose places are `stride` words apart, and the lines of a fresh c before they are
+    // written.
+    template <class T, bool BOTH>
+    static void tile(int rows, Rows<typename T::Word> a, const typename T::Word* b, float* c,
+            int64_t ldc, bool half, bool fresh, const float* ahead, int pace, int64_t stride) {
+        alignas(64) float part[32 * NR];
+        const bool whole = rows == 32;
+        const int lines = fresh && whole ? (32 * 16 + a.words() - 1) / a.words() : 0;  // in a step
+        float* to = whole ? c : part;
+        const int64_t ld = whole ? ldc : NR;
+        if (!fresh && !whole)
+            for (int r = 0; r < rows; r++) std::memcpy(part + r * NR, c + r * ldc, NR * 4);
         __asm__ volatile("" : : : "memory");  // GCC does not know what tiles read
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int panel = 0; panel < panels; panel++, a.start += a.jump)
-            for (int k = 0; k < a.width; k += 16, b += 16 * NR) {
-                _tile_loadd(6, b, 4 * NR);
-                _tile_loadd(7, b + 16, 4 * NR);
-                _tile_loadd(4, a.start + k, a.ld * 4);
-                add_first(T());
-                for (int i = 0; i < pace; i++, ahead += 16) __builtin_prefetch(ahead, 0, 2);
-                if (both) {
+        if (fresh) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        } else {
+            _tile_loadd(0, to, ld * 4);
+            _tile_loadd(1, to + W, ld * 4);
+            _tile_loadd(2, to + 16 * ld, ld * 4);
+            _tile_loadd(3, to + 16 * ld + W, ld * 4);
+        }
+        int line = 0;
+        for (int panel = 0; panel < a.panels; panel++, a.start += a.jump)
+            for (int k = 0; k < a.width; k += 16, b += 16 * NR, ahead += stride) {
+                _tile_loadd(6, b, NR * 4);
+                if (BOTH) {
+                    _tile_loadd(4, a.start + k, a.ld * 4);
                     _tile_loadd(5, a.start + 16 * a.ld + k, a.ld * 4);
-                    add_second(T());
+                    add_left(T());
+                    if (!half) {
+                        _tile_loadd(6, b + W, NR * 4);
+                        add_right(T());
+                    }
+                } else {
+                    _tile_loadd(5, b + W, NR * 4);
+                    _tile_loadd(4, a.start + k, a.ld * 4);
+                    add_both(T());
+                }
+                for (int i = 0; i < pace; i++) __builtin_prefetch(ahead + i * 16, 0, 2);
+                for (int i = 0; BOTH && i < lines && line < 32; i++, line++) {
+                    __builtin_prefetch(c + line * ldc, 1);
+                    __builtin_prefetch(c + line * ldc + W, 1);
                 }
             }
-        _tile_stored(0, sums, 128);
-        _tile_stored(1, sums + 16, 128);
-        _tile_stored(2, sums + 512, 128);
-        _tile_stored(3, sums + 528, 128);
-        for (int r = 0; r < rows; r++)
-            for (int h = 0; h < 2; h++) {
-                const Vec sum = load<Vec>(sums + r * 32 + h * W);
-                float* to = c + r * ldc + h * W;
-                store(to, fresh ? sum : load<Vec>(to) + sum);
-            }
+        _tile_stored(0, to, ld * 4);
+        if (!half) _tile_stored(1, to + W, ld * 4);
+        if (BOTH) _tile_stored(2, to + 16 * ld, ld * 4);
+        if (BOTH && !half) _tile_stored(3, to + 16 * ld + W, ld * 4);
+        if (!whole)
+            for (int r = 0; r < rows; r++)
+                std::memcpy(c + r * ldc, part + r * NR, (half ? W : NR) * 4);
     }
 };
 #else
@@ -213,7 +253,9 @@ struct TileRegisters {
     static bool usable() { return false; }
     static void begin() {}
     static void end() {}
-    template <class T, class... Arguments> static void tile(Arguments...) {}
+    template <class T, bool BOTH>
+    static void tile(int, Rows<typename T::Word>, const typename T::Word*, float*, int64_t, bool,
+            bool, const float*, int, int64_t) {}
 };
 #endif
 

@@ -5,38 +5,10 @@
 // queries' tokens; spans: (rows, 2); ancestors: (steps, rows), for each step a row of the store,
 // which in the last step is the row itself.
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
 #include "vectors.h"
-
-typedef std::array<const float*, 4> Quartet;
-
-// scores[i] = scale * inner product of a (D) and b[i] + at (D); a is read once for all four.
-static inline void inner_four(
-        float* scores, const float* a, const Quartet& b, int at, int D, float scale) {
-    Eight sums[4] = {};
-    int d = 0;
-    for (; d + 8 <= D; d += 8) {
-        const Eight x = eight(a + d);
-        for (int i = 0; i < 4; i++) sums[i] += x * eight(b[i] + at + d);
-    }
-    Eight pairs[2];  // sums of two neighbours, of sums[0] and sums[1] in turn
-    for (int i = 0; i < 2; i++) {
-        const Eight even = sums[2 * i], odd = sums[2 * i + 1];
-        pairs[i] = __builtin_shuffle(even, odd, Places{0, 8, 2, 10, 4, 12, 6, 14}) +
-                   __builtin_shuffle(even, odd, Places{1, 9, 3, 11, 5, 13, 7, 15});
-    }
-    Eight all = __builtin_shuffle(pairs[0], pairs[1], Places{0, 1, 8, 9, 4, 5, 12, 13}) +
-                __builtin_shuffle(pairs[0], pairs[1], Places{2, 3, 10, 11, 6, 7, 14, 15});
-    all += __builtin_shuffle(all, Places{4, 5, 6, 7, 4, 5, 6, 7});
-    for (int i = 0; i < 4; i++) {
-        float sum = all[i];
-        for (int rest = d; rest < D; rest++) sum += a[rest] * b[i][at + rest];
-        scores[i] = sum * scale;
-    }
-}
 
 // y (D) += sum over i of weights[i] * (from[i] + at) (D); y is written once for all four.
 static inline void add_four(float* y, const float* weights, const Quartet& from, int at, int D) {

@@ -36,9 +36,9 @@ template <int D> static void attend(Head<D>& head, int begin, float* log_sums, i
     float *q = head[Q], *k = head[K], *v = head[V], *y = head[Y];
     std::vector<float> p(T);
     for (int i = begin; i < T; i++) {
-        for (int j = 0; j <= i; j++) p[j] = inner(q + i * D, k + j * D, D) * scale;
+        inner_rows<D>(p.data(), q + i * D, k, i + 1, scale);
         log_sums[(int64_t)(i - begin) * heads] = softmax(p.data(), i + 1);
-        for (int j = 0; j <= i; j++) add_scaled(y + i * D, p[j], v + j * D, D);
+        add_rows<D>(y + i * D, p.data(), 1, v, i + 1);
     }
 }
 
@@ -75,19 +75,18 @@ template <int D> static void differentiate(Head<D>& head, const float* log_sums,
     for (int i = 0; i < T; i++) {
         const float lse = log_sums[(int64_t)i * heads], mean = inner(dy + i * D, y + i * D, D);
         float *pi = &p[i * T], *gi = &g[i * T];
-        for (int j = 0; j <= i; j++) pi[j] = inner(q + i * D, k + j * D, D) * scale - lse;
-        for (int j = 0; j <= i; j++) gi[j] = inner(dy + i * D, v + j * D, D) - mean;
+        inner_rows<D>(pi, q + i * D, k, i + 1, scale);
+        inner_rows<D>(gi, dy + i * D, v, i + 1, 1);
         for (int j = 0; j <= i; j++) {
-            pi[j] = std::exp(pi[j]);
-            gi[j] *= pi[j] * scale;
+            pi[j] = std::exp(pi[j] - lse);
+            gi[j] = (gi[j] - mean) * pi[j] * scale;
         }
-        for (int j = 0; j <= i; j++) add_scaled(dq + i * D, gi[j], k + j * D, D);
+        add_rows<D>(dq + i * D, gi, 1, k, i + 1);
     }
-    for (int j = 0; j < T; j++)
-        for (int i = j; i < T; i++) {
-            add_scaled(dv + j * D, p[i * T + j], dy + i * D, D);
-            add_scaled(dk + j * D, g[i * T + j], q + i * D, D);
-        }
+    for (int j = 0; j < T; j++) {
+        add_rows<D>(dv + j * D, &p[j * T + j], T, dy + j * D, T - j);
+        add_rows<D>(dk + j * D, &g[j * T + j], T, q + j * D, T - j);
+    }
 }
 
 template <int D>

@@ -306,9 +306,9 @@ static void multiply_transposed(
     typedef typename T::Word Word;
     constexpr bool in_place = F::GROUP == 1;
     const bool registers = in_registers<layout>();
+    const int threads = omp_get_max_threads();
     const int MB = 256, CHUNK = registers ? 32 : 4;  // rows of A, panels of B at a time
-    const int RANGE =                                // rows of B at a time, as a multiple of 32
-            std::max(32, std::min(96, K / (2 * omp_get_max_threads()) / 32 * 32));
+    const int RANGE = std::max(32, std::min(96, K / (2 * threads) / 32 * 32));  // rows of B
     constexpr int width = NR / T::GROUP;  // words of a panel's row
     const int panels = (N + NR - 1) / NR;
     const int64_t stored = words_of<F::GROUP>(K), depth = (int64_t)panels * width;
@@ -356,8 +356,8 @@ static void multiply_transposed(
                                         block + (p * RANGE + r) * width);
                     }
                     const bool last = panel + CHUNK >= panels;
-                    const auto* follows =
-                            last ? B + (k + RANGE) / F::GROUP * NR : from + CHUNK * stored * NR;
+                    const auto* follows = last ? B + (k + threads * RANGE) / F::GROUP * NR
+                                               : from + CHUNK * stored * NR;
                     const auto next = [&](int part) {  // a share of the next chunk
                         const int begin = rows / F::GROUP * part / parts;
                         return Next{follows + begin * NR, stored * NR, CHUNK,

@@ -2,7 +2,9 @@
 // compiler vectorises across heads or positions, whose numbers are not adjacent in memory.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -24,13 +26,60 @@ static inline float inner(const float* a, const float* b, int D) {
     return sum;
 }
 
-static inline void add_scaled(float* to, float weight, const float* from, int D) {
+typedef std::array<const float*, 4> Quartet;
+
+// scores[i] = scale * inner product of a (D) and b[i] + at (D); a is read once for all four.
+static inline void inner_four(
+        float* scores, const float* a, const Quartet& b, int at, int D, float scale) {
+    Eight sums[4] = {};
     int d = 0;
     for (; d + 8 <= D; d += 8) {
-        Eight sum = eight(to + d) + weight * eight(from + d);
-        std::memcpy(to + d, &sum, sizeof sum);
+        const Eight x = eight(a + d);
+        for (int i = 0; i < 4; i++) sums[i] += x * eight(b[i] + at + d);
     }
-    for (; d < D; d++) to[d] += weight * from[d];
+    Eight pairs[2];  // sums of two neighbours, of sums[0] and sums[1] in turn
+    for (int i = 0; i < 2; i++) {
+        const Eight even = sums[2 * i], odd = sums[2 * i + 1];
+        pairs[i] = __builtin_shuffle(even, odd, Places{0, 8, 2, 10, 4, 12, 6, 14}) +
+                   __builtin_shuffle(even, odd, Places{1, 9, 3, 11, 5, 13, 7, 15});
+    }
+    Eight all = __builtin_shuffle(pairs[0], pairs[1], Places{0, 1, 8, 9, 4, 5, 12, 13}) +
+                __builtin_shuffle(pairs[0], pairs[1], Places{2, 3, 10, 11, 6, 7, 14, 15});
+    all += __builtin_shuffle(all, Places{4, 5, 6, 7, 4, 5, 6, 7});
+    for (int i = 0; i < 4; i++) {
+        float sum = all[i];
+        for (int rest = d; rest < D; rest++) sum += a[rest] * b[i][at + rest];
+        scores[i] = sum * scale;
+    }
+}
+
+// to (D) += sum over i of weights[i * stride] * rows (count, D)[i], 64 columns at a time in
+// registers.
+template <int D>
+static inline void add_rows(
+        float* to, const float* weights, int stride, const float* rows, int count) {
+    constexpr int WIDTH = D % 64 == 0 ? 64 : 8;
+    for (int d = 0; d + 8 <= D; d += WIDTH) {
+        Eight sums[WIDTH / 8];
+        for (int c = 0; c < WIDTH / 8; c++) sums[c] = eight(to + d + 8 * c);
+        for (int i = 0; i < count; i++)
+            for (int c = 0; c < WIDTH / 8; c++)
+                sums[c] += weights[(int64_t)i * stride] * eight(rows + (int64_t)i * D + d + 8 * c);
+        std::memcpy(to + d, sums, sizeof sums);
+    }
+    for (int d = D / 8 * 8; d < D; d++)
+        for (int i = 0; i < count; i++)
+            to[d] += weights[(int64_t)i * stride] * rows[(int64_t)i * D + d];
+}
+
+// products[i] = scale * inner product of a (D) and rows (count, D)[i].
+template <int D>
+static inline void inner_rows(
+        float* products, const float* a, const float* rows, int count, float scale) {
+    int i = 0;
+    for (; i + 4 <= count; i += 4, rows += 4 * D)
+        inner_four(products + i, a, {rows, rows + D, rows + 2 * D, rows + 3 * D}, 0, D, scale);
+    for (; i < count; i++, rows += D) products[i] = inner(a, rows, D) * scale;
 }
 
 // Softmax of n numbers in place; returns the log of the sum of exp(w).

@@ -308,7 +308,8 @@ static void multiply_transposed(
     const bool registers = in_registers<layout>();
     const int threads = omp_get_max_threads();
     const int MB = 256, CHUNK = registers ? 32 : 4;  // rows of A, panels of B at a time
-    const int RANGE = std::max(32, std::min(96, K / (2 * threads) / 32 * 32));  // rows of B
+    // Rows of B at a time: tile registers hold 16, and each thread takes some ranges.
+    const int RANGE = std::max(32, std::min(96, K / (2 * threads) / 32 * 32));
     constexpr int width = NR / T::GROUP;  // words of a panel's row
     const int panels = (N + NR - 1) / NR;
     const int64_t stored = words_of<F::GROUP>(K), depth = (int64_t)panels * width;
@@ -355,6 +356,7 @@ static void multiply_transposed(
                                 split((const int32_t*)from + (p * stored + r / 2) * NR,
                                         block + (p * RANGE + r) * width);
                     }
+                    // Threads that are equally fast take ranges in turn.
                     const bool last = panel + CHUNK >= panels;
                     const auto* follows = last ? B + (k + threads * RANGE) / F::GROUP * NR
                                                : from + CHUNK * stored * NR;

@@ -153,7 +153,8 @@ class GPT2LMModel(nn.Module):
         self.order = list(names.values())
         for layer in [wte, *matrix_layers(self)]:
             name, weight = names[id(layer.weight)], layer.weight
-            layer.weight = self.packed[name] = ops.pack_weight(weight, layer is wte, precision)
+            layer.weight = self.packed[name] = ops.pack_weight(
+                weight, layer is wte, precision, many_rows=True)
             layer.weight.words.sync()  # frees the original
         self.transformer.wte = PackedEmbedding(wte.weight)
 

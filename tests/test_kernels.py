@@ -26,18 +26,23 @@ PROCESSORS = {
 }
 SOURCE = """
 #include "linear.h"
-#define FORMS(F) F(float32, PACKED) F(bf16, PACKED_BFLOAT16) F(int8, PACKED_INT8)
-#define FORM(name, packed)                                                                     \\
+#define FORMS(F)                                                                               \\
+    F(float32, PACKED, PACKED) F(terms, PACKED, PACKED_IN_TERMS)                               \\
+    F(bf16, PACKED_BFLOAT16, PACKED_BFLOAT16) F(int8, PACKED_INT8, PACKED_INT8)
+#define FORM(name, packed, layout)                                                             \\
     extern "C" void pack_##name(void* to, const float* w, int n_out, int n_in) {               \\
         pack_weight<gemm::ROWS, gemm::packed>(to, w, n_out, n_in);                             \\
     }                                                                                          \\
     extern "C" void linear_##name(float* y, const float* x, const void* w, const float* bias,  \\
             const float* residual, int rows, int n_out, int n_in) {                            \\
-        linear<gemm::packed>(y, x, w, bias, residual, rows, n_out, n_in);                      \\
+        linear<gemm::layout>(y, x, w, bias, residual, rows, n_out, n_in);                      \\
     }
 FORMS(FORM)
 extern "C" void grad_float32(float* dx, const float* dy, const void* w, int m, int n, int k) {
     grad_linear_x<gemm::PACKED>(dx, dy, w, m, n, k);
+}
+extern "C" void grad_terms(float* dx, const float* dy, const void* w, int m, int n, int k) {
+    grad_linear_x<gemm::PACKED_IN_TERMS>(dx, dy, w, m, n, k);
 }
 extern "C" void grad_bf16(float* dx, const float* dy, const void* w, int m, int n, int k) {
     grad_linear_x<gemm::PACKED_BFLOAT16>(dx, dy, w, m, n, k);
@@ -98,15 +103,33 @@ def close(ours, truth, tolerance=1e-5):
     assert np.abs(ours - truth).max() <= tolerance * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("form", ["float32", "terms"])
 @pytest.mark.parametrize("rows, n_out, n_in", SHAPES)
-def test_float32(library, rows, n_out, n_in):
+def test_float32(library, rows, n_out, n_in, form):
     x, weight, dy = draw(rows, n_in), draw(n_in, n_out), draw(rows, n_out)
     bias, residual = draw(n_out), draw(rows, n_out)
     truth = x.astype(np.float64) @ weight
-    close(call(library, "float32", x, weight), truth)
-    close(call(library, "float32", x, weight, bias), truth + bias)
-    close(call(library, "float32", x, weight, bias, residual), truth + bias + residual)
-    close(call(library, "float32", None, weight, dy=dy), dy.astype(np.float64) @ weight.T)
+    close(call(library, form, x, weight), truth)
+    close(call(library, form, x, weight, bias), truth + bias)
+    close(call(library, form, x, weight, bias, residual), truth + bias + residual)
+    close(call(library, form, None, weight, dy=dy), dy.astype(np.float64) @ weight.T)
+
+
+def distance(ours, truth):
+    """Relative, as the root of the mean square."""
+    return np.sqrt(np.square(ours - truth).mean() / np.square(truth).mean())
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_terms_are_as_near_to_float64_as_float32(library, scale):
+    """Sums of 3,072 products: float32 adds up blocks of 256, terms blocks of 128."""
+    x, weight = scale * draw(40, 3072), draw(3072, 70)
+    x, dy = x.astype(np.float32), (scale * draw(40, 70)).astype(np.float32)
+    for given, truth in (({"x": x}, x.astype(np.float64) @ weight),
+                         ({"x": None, "dy": dy}, dy.astype(np.float64) @ weight.T)):
+        ours, theirs = (distance(call(library, form, weight=weight, **given), truth)
+                        for form in ("terms", "float32"))
+        assert ours <= 1.1 * theirs, (ours, theirs)
 
 
 @pytest.mark.parametrize("rows, n_out, n_in", SHAPES)

@@ -12,6 +12,7 @@
 // The same packed B also gives C (M, K) = A (M, N) B^T: as C^T = B A^T, where B has the part that A
 // had before, and A^T, which is small, that of B.
 
+#include <type_traits>
 #include <vector>
 #include <omp.h>
 
@@ -25,13 +26,19 @@ const int KC = 4096 / NR, PACKED_KC = 256;
 const int DOWN = 1024;
 
 // How B lies in memory: (K, N) or its transpose (N, K) in float32, or as pack() left it, in panels
-// (panels, words of K, NR).
-enum Layout { ROWS, COLUMNS, PACKED, PACKED_BFLOAT16, PACKED_INT8 };
+// (panels, words of K, NR). PACKED_IN_TERMS is PACKED, whose products are computed by tile
+// registers if there are any: many rows in less time, but few rows in more.
+enum Layout { ROWS, COLUMNS, PACKED, PACKED_IN_TERMS, PACKED_BFLOAT16, PACKED_INT8 };
 
 // The arithmetic of a layout, and how many numbers of K a word of B holds in memory. Where the
 // processor cannot multiply such words, each becomes two words of fewer numbers.
 template <Layout layout> struct Form {
     typedef Float32 T;
+    typedef float Stored;
+    static const int GROUP = 1;
+};
+template <> struct Form<PACKED_IN_TERMS> {
+    typedef std::conditional<TileRegisters::COMPILED, Terms, Float32>::type T;
     typedef float Stored;
     static const int GROUP = 1;
 };
@@ -46,10 +53,15 @@ template <> struct Form<PACKED_INT8> {
     static const int GROUP = 4;
 };
 
+template <Layout layout> constexpr bool in_terms() {
+    return Form<layout>::T::GROUP > Form<layout>::GROUP;
+}
+
 // Whether the products of a layout are computed in tile registers.
 template <Layout layout> static bool in_registers() {
     typedef typename Form<layout>::T T;
-    return T::GROUP > 1 && T::GROUP == Form<layout>::GROUP && TileRegisters::usable();
+    return T::GROUP > 1 && (in_terms<layout>() || T::GROUP == Form<layout>::GROUP) &&
+           TileRegisters::usable();
 }
 
 // How many words K numbers are: of bfloat16s and bytes as many as fill tile registers.
@@ -158,6 +170,47 @@ static inline void join_pairs(const float* from, int count, int32_t* to) {
 
 typedef int16_t Halves __attribute__((vector_size(W * 4)));
 
+// The terms of the numbers in two vectors, in pairs as words: of both vectors' numbers in the same
+// place if `rows`, else of neighbours. The words of the three terms are `stride` apart.
+static inline void divide(Vec first, Vec second, bool rows, int32_t* to, int64_t stride) {
+    Halves places;
+    for (int i = 0; i < W; i++) {
+        places[2 * i] = 2 * i + 1;
+        places[2 * i + 1] = 2 * (W + i) + 1;
+    }
+    if (!rows)
+        for (int i = 0; i < 2 * W; i++) places[i] = 2 * i + 1;
+    for (int term = 0; term < Terms::COUNT; term++, to += stride) {
+        const Vec a = (Vec)(((IntVec)first + 0x8000) & -0x10000);
+        const Vec b = (Vec)(((IntVec)second + 0x8000) & -0x10000);
+        store(to, __builtin_shuffle((Halves)a, (Halves)b, places));
+        first -= a;
+        second -= b;
+    }
+}
+
+// The terms of `count` neighbouring numbers, of each NR numbers W words of each term. The words of
+// terms are `stride` apart, and those of the next NR numbers three times as much.
+static inline void divide_row(const float* from, int count, int32_t* to, int64_t stride) {
+    for (; count >= NR; count -= NR, from += NR, to += Terms::COUNT * stride)
+        divide(load<Vec>(from), load<Vec>(from + W), false, to, stride);
+    if (!count) return;
+    float numbers[NR] = {};
+    std::copy_n(from, count, numbers);
+    divide(load<Vec>(numbers), load<Vec>(numbers + W), false, to, stride);
+}
+
+// The terms of a panel's rows (count, NR): for each 32 of them three times 16 rows of words.
+static inline void divide_panel(const float* from, int count, int32_t* to) {
+    if (count % 32) std::fill_n(to + count / 32 * 48 * NR, 48 * NR, 0);
+    for (int k = 0; k < count; k += 2)
+        for (int w = 0; w < NR; w += W) {
+            const float* low = from + k * NR + w;
+            divide(load<Vec>(low), k + 1 < count ? load<Vec>(low + NR) : Vec{}, true,
+                    to + (k / 32 * 48 + k % 32 / 2) * NR + w, 16 * NR);
+        }
+}
+
 // NR words whose pairs are of two rows become these two rows, each of NR numbers.
 static inline void split(const int32_t* from, float* to) { widen(from, NR, to, to + NR); }
 static inline void split(const int32_t* from, int32_t* to) {
@@ -168,12 +221,47 @@ static inline void split(const int32_t* from, int32_t* to) {
     store(to + W, __builtin_shuffle(left, right, places + 1));
 }
 
+// `rows` of a packed panel as words that the processor multiplies.
+template <class T, class Stored>
+static void unpack(T, const Stored* from, int rows, typename T::Word* to) {
+    for (int i = 0; i < rows; i++, from += NR, to += 2 * NR)
+        widen((const int32_t*)from, NR, to, to + NR);
+}
+static inline void unpack(Terms, const float* from, int rows, int32_t* to) {
+    divide_panel(from, rows, to);
+}
+
+// `rows` of a packed panel as rows of pairs of neighbours; the words of terms are `stride` apart.
+template <class T, class Stored>
+static void unpack_rows(T, const Stored* from, int rows, typename T::Word* to, int64_t) {
+    for (int r = 0; r < rows; r += 2, from += NR, to += 2 * (NR / T::GROUP))
+        split((const int32_t*)from, to);
+}
+static inline void unpack_rows(Terms, const float* from, int rows, int32_t* to, int64_t stride) {
+    for (int r = 0; r < rows; r++, from += NR, to += W) divide_row(from, NR, to, stride);
+}
+
+// A piece of a row of A, at most NR numbers, as pairs; the words of terms are `stride` apart.
+template <class T> static void pair_row(T, const float* from, int count, int32_t* to, int64_t) {
+    join_pairs(from, count, to);
+}
+static inline void pair_row(Terms, const float* from, int count, int32_t* to, int64_t stride) {
+    divide_row(from, count, to, stride);
+}
+
 // What is needed next: `lines` pieces of `line` words, `stride` apart.
 struct Next {
     const void* start;
     int64_t stride;
     int lines, line;
     const float* at(int64_t word) const { return (const float*)start + word; }
+    // How many lines of the cache a tile fetches in a step, if each of `tiles` has `steps`, and how
+    // far apart the places of two steps are.
+    int pace(int tiles, int steps) const {
+        const int all = tiles * (lines == 1 ? steps : 1);
+        return (line / 16 + all - 1) / all;
+    }
+    int64_t apart(int pace) const { return lines == 1 ? pace * 16 : stride; }
 };
 
 // c (M, NR) += a (M, K) b (K, NR) in words, or c = a b if `fresh`; if `half`, only the first W
@@ -202,15 +290,28 @@ static void tiles(int M, Rows<typename T::Word> a, const typename T::Word* b, fl
 template <class T>
 static void register_tiles(int M, Rows<typename T::Word> a, const typename T::Word* b, float* c,
         int64_t ldc, bool half, bool fresh, Next next) {
-    const int count = (M + 31) / 32, steps = count * (next.lines == 1 ? a.words() / 16 : 1);
-    const int pace = (next.line / 16 + steps - 1) / steps;
+    const int count = (M + 31) / 32, pace = next.pace(count, a.words() / 16);
     for (int t = 0; t < count; t++) {
         const int rows = std::min(32, M - t * 32);
         const auto tile = rows > 16 ? TileRegisters::tile<T, true> : TileRegisters::tile<T, false>;
         tile(rows, a.from(t * 32), b, c + (int64_t)t * 32 * ldc, ldc, half, fresh,
-                next.at((int64_t)t * next.line / count), pace,
-                next.lines == 1 ? pace * 16 : next.stride);
+                next.at((int64_t)t * next.line / count), pace, next.apart(pace));
     }
+}
+
+// The tiles of any kind.
+template <class T>
+static void all_tiles(T, bool registers, int M, Rows<typename T::Word> a, const typename T::Word* b,
+        float* c, int64_t ldc, bool half, bool fresh, Next next) {
+    (registers ? register_tiles<T> : tiles<T>)(M, a, b, c, ldc, half, fresh, next);
+}
+static inline void all_tiles(Terms, bool, int M, Rows<int32_t> a, const int32_t* b, float* c,
+        int64_t ldc, bool half, bool fresh, Next next) {
+    const int count = (M + 15) / 16, pace = next.pace(count, a.panels / Terms::COUNT);
+    for (int t = 0; t < count; t++)
+        TileRegisters::tile_of_terms(std::min(16, M - t * 16), a.from(t * 16), b,
+                c + (int64_t)t * 16 * ldc, ldc, half, fresh,
+                next.at((int64_t)t * next.line / count), pace, next.apart(pace));
 }
 
 // C (M, N) = A B, where a has the words of A's rows. finish(m, n, count, row) may change
@@ -223,12 +324,17 @@ static void multiply(int M, int N, int K, Rows<typename Form<layout>::T::Word> a
     typedef typename F::T T;
     typedef typename T::Word Word;
     constexpr bool packed = layout >= PACKED, in_place = packed && F::GROUP == T::GROUP;
-    constexpr int wider = F::GROUP / T::GROUP;  // words that a word of B becomes
+    constexpr bool terms = in_terms<layout>();
+    // Words for each row of a packed panel; of terms, 48 for 32 rows.
+    constexpr int wider = terms ? 1 : F::GROUP / T::GROUP;
+    const auto rows_of = [](int words) {
+        return terms ? words / 48 * 32 : (words + wider - 1) / wider;
+    };
     const int stored = words_of<F::GROUP>(K), words = a.words();
     const bool registers = in_registers<layout>();
     // For each block of A's rows, all of B is read, which takes less time if B is packed.
     const int MB = registers ? 256 : in_place ? 96 : 128, unit = registers ? 32 : 1;
-    const int depth = registers ? words : in_place ? PACKED_KC : KC;
+    const int depth = terms ? 192 : registers ? words : in_place ? PACKED_KC : KC;
     const int panels = (N + NR - 1) / NR, blocks = (M + MB - 1) / MB;
     const auto row = [&](int block) {  // the first of a block
         return std::min<int64_t>(M, ((int64_t)M * block / blocks + unit - 1) / unit * unit);
@@ -236,27 +342,25 @@ static void multiply(int M, int N, int K, Rows<typename Form<layout>::T::Word> a
     const int64_t ld = layout == ROWS ? N : K;
     #pragma omp parallel
     {
-        alignas(64) Word block[in_place ? 1 : KC * NR];
+        alignas(64) Word block[in_place ? 1 : std::max(terms ? 192 : 0, KC) * NR];
         alignas(64) float edge[256 * NR];  // C's last columns, full width
         if (registers) TileRegisters::begin();
 
         // Adds A's words times B's words k to k + depth - 1 to C's rows m0 to m1 - 1 in `panel`.
         const auto step = [&](int m0, int m1, int panel, int k, bool down) {
             const int kc = std::min(depth, words - k), n = panel * NR, cols = std::min(NR, N - n);
-            const int rows = (kc + wider - 1) / wider;  // of B
+            const int above = rows_of(k), rows = std::min(stored, rows_of(k + kc)) - above;
             float* c = cols < NR ? edge : C + (int64_t)m0 * N + n;
             const int64_t ldc = cols < NR ? NR : N;
             const Word* b = block;
             Next next;
             if (packed) {
-                const auto* from = B + ((int64_t)panel * stored + k / wider) * NR;
+                const auto* from = B + ((int64_t)panel * stored + above) * NR;
                 next = {from + (int64_t)(down ? rows : stored) * NR, 0, 1, rows * NR};
                 if (in_place)
                     b = (const Word*)from;
                 else
-                    for (int i = 0; i < rows; i++)
-                        widen((const int32_t*)from + i * NR, NR, block + 2 * i * NR,
-                                block + (2 * i + 1) * NR);
+                    unpack(T(), from, rows, block);
             } else {
                 pack_block<layout>((const float*)B, ld, k, kc, n, cols, (float*)block);
                 const bool below = down && k + kc < K;  // the next block's place
@@ -264,8 +368,7 @@ static void multiply(int M, int N, int K, Rows<typename Form<layout>::T::Word> a
                 next = {B + (layout == ROWS ? next_k * ld + next_n : next_n * ld + next_k), ld,
                         layout == ROWS ? kc : NR, layout == ROWS ? NR : kc};
             }
-            (registers ? register_tiles<T> : tiles<T>)(m1 - m0, a.from(m0, k, kc), b, c, ldc, false,
-                    k == 0, next);
+            all_tiles(T(), registers, m1 - m0, a.from(m0, k, kc), b, c, ldc, false, k == 0, next);
             if (k + kc < words) return;
             for (int m = m0; m < m1; m++) {
                 float* row = C + (int64_t)m * N + n;
@@ -304,15 +407,16 @@ static void multiply_transposed(
     typedef Form<layout> F;
     typedef typename F::T T;
     typedef typename T::Word Word;
-    constexpr bool in_place = F::GROUP == 1;
+    constexpr bool in_place = F::GROUP == 1 && T::GROUP == 1;
+    constexpr int terms = in_terms<layout>() ? Terms::COUNT : 1;
     const bool registers = in_registers<layout>();
     const int threads = omp_get_max_threads();
-    const int MB = 256, CHUNK = registers ? 32 : 4;  // rows of A, panels of B at a time
+    const int MB = 256, CHUNK = registers && terms == 1 ? 32 : 4;  // rows of A, panels of B
     // Rows of B at a time: tile registers hold 16, and each thread takes some ranges.
     const int RANGE = std::max(32, std::min(96, K / (2 * threads) / 32 * 32));
-    constexpr int width = NR / T::GROUP;  // words of a panel's row
+    constexpr int width = NR / T::GROUP;  // words of a panel's row, for each term
     const int panels = (N + NR - 1) / NR;
-    const int64_t stored = words_of<F::GROUP>(K), depth = (int64_t)panels * width;
+    const int64_t stored = words_of<F::GROUP>(K), depth = (int64_t)panels * terms * width;
     // The words of A^T in panels (parts of the rows of A, depth, NR), 0 where there is no row.
     static std::vector<Word> memory;
     for (int m0 = 0; m0 < M; m0 += MB, A += (int64_t)MB * N, C += (int64_t)MB * K) {
@@ -323,23 +427,25 @@ static void multiply_transposed(
             static thread_local std::vector<float> sum_memory;
             static thread_local std::vector<Word> block_memory;
             float* sums = keep(sum_memory, parts * RANGE * NR);  // C^T (parts, RANGE, NR)
-            Word* block = keep(block_memory, in_place ? 0 : RANGE * CHUNK * width);
-            alignas(64) int32_t pairs[NR * NR];  // (NR rows of A, width)
+            Word* block = keep(block_memory, in_place ? 0 : RANGE * CHUNK * terms * width);
+            alignas(64) int32_t pairs[2 * NR * NR];  // (terms, NR rows of A, width)
             #pragma omp for collapse(2)
             for (int part = 0; part < parts; part++)
                 for (int panel = 0; panel < panels; panel++) {
                     const int n = panel * NR, cols = std::min(NR, N - n);
                     const int first = part * NR, rows = std::min(NR, m - first);
                     const float* from = A + (int64_t)first * N + n;
-                    float* to = (float*)turned + (part * depth + (int64_t)panel * width) * NR;
-                    if (cols < NR || rows < NR) std::fill_n(to, width * NR, 0.f);
+                    float* to = (float*)turned + part * depth * NR + panel * terms * width * NR;
+                    if (cols < NR || rows < NR) std::fill_n(to, terms * width * NR, 0.f);
                     if (T::GROUP == 1) {
                         transpose(from, N, rows, cols, to, NR);
                         continue;
                     }
                     for (int r = 0; r < rows; r++)
-                        join_pairs(from + (int64_t)r * N, cols, pairs + r * width);
-                    transpose((const float*)pairs, width, rows, (cols + 1) / 2, to, NR);
+                        pair_row(T(), from + (int64_t)r * N, cols, pairs + r * width, NR * width);
+                    for (int term = 0; term < terms; term++)
+                        transpose((const float*)pairs + term * NR * width, width, rows,
+                                (cols + 1) / 2, to + term * width * NR, NR);
                 }
             if (registers) TileRegisters::begin();
             #pragma omp for schedule(dynamic)
@@ -350,11 +456,10 @@ static void multiply_transposed(
                     const auto* from = B + (panel * stored + k / F::GROUP) * NR;
                     Rows<Word> b = {(const Word*)from, NR, NR, count, stored * NR};
                     if (!in_place) {
-                        b = {block, width, width, count, RANGE * width};
+                        b = {block, width, width, terms * count, RANGE * width};
                         for (int p = 0; p < count; p++)
-                            for (int r = 0; r < rows; r += 2)
-                                split((const int32_t*)from + (p * stored + r / 2) * NR,
-                                        block + (p * RANGE + r) * width);
+                            unpack_rows(T(), from + p * stored * NR, rows,
+                                    block + p * terms * RANGE * width, RANGE * width);
                     }
                     // Threads that are equally fast take ranges in turn.
                     const bool last = panel + CHUNK >= panels;
@@ -366,8 +471,8 @@ static void multiply_transposed(
                                 (rows / F::GROUP * (part + 1) / parts - begin) * NR};
                     };
                     for (int part = 0; part < parts; part++)
-                        (registers ? register_tiles<T> : tiles<T>)(rows, b,
-                                turned + (part * depth + (int64_t)panel * width) * NR,
+                        all_tiles(T(), registers, rows, b,
+                                turned + part * depth * NR + panel * terms * width * NR,
                                 sums + part * RANGE * NR, NR, m - part * NR <= W, panel == 0,
                                 next(part));
                 }

@@ -43,6 +43,15 @@ static gemm::Rows<int32_t> words_of_rows(
 }
 #endif
 
+template <gemm::Layout layout>
+static gemm::Rows<int32_t> words_of_rows(gemm::Terms, const float* x, int rows, int n_in, float*) {
+    const auto to = row_words<layout>(rows, (n_in + 31) / 32 * 16 * gemm::Terms::COUNT);
+    #pragma omp parallel for
+    for (int m = 0; m < rows; m++)
+        gemm::divide_row(x + (int64_t)m * n_in, n_in, (int32_t*)to.start + to.place(m, 0), to.jump);
+    return to;
+}
+
 // Integers from 1 to 255: x / scale + 128.
 template <gemm::Layout layout, class Integers>
 static gemm::Rows<int32_t> words_of_rows(
@@ -70,6 +79,8 @@ static gemm::Rows<int32_t> words_of_rows(
 template <gemm::Layout layout>
 static void linear(float* y, const float* x, const void* weight, const float* bias,
         const float* residual, int rows, int n_out, int n_in) {
+    if (gemm::in_terms<layout>() && !gemm::in_registers<layout>())
+        return linear<gemm::PACKED>(y, x, weight, bias, residual, rows, n_out, n_in);
     typedef gemm::Form<layout> Form;
     const auto* stored = numbers_of<layout>(weight);
     std::vector<float> row_scales(rows);
@@ -98,6 +109,8 @@ static void linear(float* y, const float* x, const void* weight, const float* bi
 template <gemm::Layout layout>
 static void grad_linear_x(
         float* dx, const float* dy, const void* weight, int rows, int n_out, int n_in) {
+    if (gemm::in_terms<layout>() && !gemm::in_registers<layout>())
+        return grad_linear_x<gemm::PACKED>(dx, dy, weight, rows, n_out, n_in);
     gemm::multiply_transposed<layout>(rows, n_out, n_in, dy, numbers_of<layout>(weight), dx);
 }
 

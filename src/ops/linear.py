@@ -26,6 +26,7 @@ class PackedWeight:
     On the CPU, ``words`` has the memory order of gemm.h and 32 bits a number in float32, 16 in bf16
     and 8 in int8; on CUDA it is the matrix itself, in float32 or bfloat16. ``transposed`` says that
     it was given as (n_out, n_in). NumPy makes an array of that shape of it, but not of int8.
+    ``layout`` is gemm.h's name for how it is multiplied.
     """
 
     words: jt.Var
@@ -33,6 +34,7 @@ class PackedWeight:
     n_out: int
     precision: str
     transposed: bool
+    layout: str
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,11 +91,11 @@ class _PackedLinear(jt.Function):
     def execute(self, x, weight, bias, residual):
         self.weight = weight
         self.has_bias, self.has_residual = bias is not None, residual is not None
-        return _product(x, weight.words, weight.n_out, _PACKED[weight.precision][1], bias, residual)
+        return _product(x, weight.words, weight.n_out, weight.layout, bias, residual)
 
     def grad(self, dy):
         weight = self.weight
-        dx, = run("linear", f"grad_linear_x<gemm::{_PACKED[weight.precision][1]}>",
+        dx, = run("linear", f"grad_linear_x<gemm::{weight.layout}>",
                   {"dx": (dy.shape[0], weight.n_in)},
                   {"dy (rows, n_out)": dy, "weight": weight.words}, n_in=weight.n_in)
         return (dx, None, dy.sum(dim=0) if self.has_bias else None,
@@ -116,14 +118,20 @@ def plain_linear(x: jt.Var, weight: jt.Var, bias: jt.Var | None = None,
     return y
 
 
-def pack_weight(weight: jt.Var, transposed: bool = False,
-                precision: str = "float32") -> PackedWeight:
-    """W (n_in, n_out), or (n_out, n_in) if ``transposed``, in float32, bf16 or int8."""
+def pack_weight(weight: jt.Var, transposed: bool = False, precision: str = "float32",
+                many_rows: bool = False) -> PackedWeight:
+    """W (n_in, n_out), or (n_out, n_in) if ``transposed``, in float32, bf16 or int8.
+
+    ``many_rows`` says that about a hundred rows or more are multiplied at a time. In float32, where
+    the processor has tile registers, products are then those of three bfloat16 terms of each
+    number: not less exact, faster for many rows, but slower for few.
+    """
     n_out, n_in = weight.shape if transposed else weight.shape[::-1]
     if jt.flags.use_cuda:
         words = weight.bfloat16().stop_grad() if precision == "bf16" else weight
-        return PackedWeight(words, n_in, n_out, precision, transposed)
+        return PackedWeight(words, n_in, n_out, precision, transposed, "")
     numbers, packed = _PACKED[precision]
+    product = "PACKED_IN_TERMS" if many_rows and precision == "float32" else packed
     padded = -(-n_out // 32) * 32  # gemm.h's NR is 16 or 32
     rows = n_in if numbers == 1 else -(-n_in // (16 * numbers)) * 16  # as gemm.h's words_of
     rows += 2 * (precision == "int8")  # scales and sums of the columns
@@ -131,7 +139,7 @@ def pack_weight(weight: jt.Var, transposed: bool = False,
     words, = run("linear", f"pack_weight<gemm::{layout}, gemm::{packed}>",
                  {"packed": (padded * rows + 16,)}, {"weight": weight},  # linear.h aligns them
                  dtypes=["float32" if numbers == 1 else "int32"], n_out=n_out, n_in=n_in)
-    return PackedWeight(words.stop_grad(), n_in, n_out, precision, transposed)
+    return PackedWeight(words.stop_grad(), n_in, n_out, precision, transposed, product)
 
 
 def packed_columns(weight: PackedWeight, which: jt.Var) -> jt.Var:

@@ -89,6 +89,14 @@ struct BFloat16 {
 typedef Float32 BFloat16;  // the numbers are widened first
 #endif
 
+// float32 in tile registers: a number is the sum of three bfloat16s, its terms, and a pair of
+// numbers is three words. Of the nine products of terms, the three smallest are left out, since
+// they are less than float32's rounding.
+struct Terms {
+    typedef int32_t Word;
+    static const int GROUP = 2, COUNT = 3;
+};
+
 // Rows of words in `panels` panels of `width` words: row r has its word k at start[place(r, k)].
 template <class Word> struct Rows {
     const Word* start;
@@ -144,6 +152,7 @@ static void tile_of(int rows, Arguments... arguments) {
 // registers more than these for renaming, and products take longer the more of them are in use.
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 struct TileRegisters {
+    static const bool COMPILED = true;
     struct alignas(64) Configuration {
         uint8_t palette = 1, reserved[15] = {};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -188,6 +197,52 @@ struct TileRegisters {
     static void add_left(Float32) {}
     static void add_right(Float32) {}
     static void add_both(Float32) {}
+
+    // c (rows, NR) += a (rows, K) b (K, NR), of which each 32 numbers of K are three panels of a
+    // and three times 16 rows of b, one for each term; rows is at most 16. The sums begin with 0,
+    // which rounds less. 0 and 1 are sums, 4 to 6 the terms of a, 7 one of b.
+    static void tile_of_terms(int rows, Rows<int32_t> a, const int32_t* b, float* c, int64_t ldc,
+            bool half, bool fresh, const float* ahead, int pace, int64_t stride) {
+        alignas(64) float sums[16 * NR];
+        __asm__ volatile("" : : : "memory");  // GCC does not know what tiles read
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int panel = 0; panel < a.panels; panel += 3, a.start += 3 * a.jump, ahead += stride) {
+            _tile_loadd(4, a.start, 64);
+            _tile_loadd(5, a.start + a.jump, 64);
+            _tile_loadd(6, a.start + 2 * a.jump, 64);
+            for (int i = 0; i < pace; i++) __builtin_prefetch(ahead + i * 16, 0, 2);
+            _tile_loadd(7, b, NR * 4);
+            _tile_dpbf16ps(0, 4, 7);
+            _tile_dpbf16ps(0, 5, 7);
+            _tile_dpbf16ps(0, 6, 7);
+            _tile_loadd(7, b + 16 * NR, NR * 4);
+            _tile_dpbf16ps(0, 4, 7);
+            _tile_dpbf16ps(0, 5, 7);
+            _tile_loadd(7, b + 32 * NR, NR * 4);
+            _tile_dpbf16ps(0, 4, 7);
+            if (!half) {
+                _tile_loadd(7, b + W, NR * 4);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(1, 5, 7);
+                _tile_dpbf16ps(1, 6, 7);
+                _tile_loadd(7, b + 16 * NR + W, NR * 4);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(1, 5, 7);
+                _tile_loadd(7, b + 32 * NR + W, NR * 4);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            b += 48 * NR;
+        }
+        _tile_stored(0, sums, NR * 4);
+        _tile_stored(1, sums + W, NR * 4);
+        for (int r = 0; r < rows; r++)
+            for (int w = 0; w < (half ? W : NR); w += W) {
+                const Vec sum = load<Vec>(sums + r * NR + w);
+                float* to = c + r * ldc + w;
+                store(to, fresh ? sum : load<Vec>(to) + sum);
+            }
+    }
 
     // c (rows, NR) += a (rows, K) b (K, NR) in words, as tile() does; if `half`, only the first W
     // columns of c. rows is at most 16 or, if BOTH, 32, but as many of a as fill tiles are read;
@@ -250,12 +305,15 @@ struct TileRegisters {
 };
 #else
 struct TileRegisters {
+    static const bool COMPILED = false;
     static bool usable() { return false; }
     static void begin() {}
     static void end() {}
     template <class T, bool BOTH>
     static void tile(int, Rows<typename T::Word>, const typename T::Word*, float*, int64_t, bool,
             bool, const float*, int, int64_t) {}
+    static void tile_of_terms(int, Rows<int32_t>, const int32_t*, float*, int64_t, bool, bool,
+            const float*, int, int64_t) {}
 };
 #endif
 

@@ -338,8 +338,9 @@ def test_linear(ops, jittor, agree, rows, n_in, n_out, transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-6), ("bf16", 1e-2)])
-def test_packed_weight(ops, jittor, precision, tolerance, transposed):
+@pytest.mark.parametrize("precision, many_rows, tolerance", [
+    ("float32", False, 1e-6), ("float32", True, 1e-6), ("bf16", True, 1e-2)])
+def test_packed_weight(ops, jittor, precision, many_rows, tolerance, transposed):
     """Gradients, columns and the array of a packed weight beside those of the weight itself."""
     random = np.random.default_rng(1)
     numbers = random.normal(size=(70, 90) if transposed else (90, 70)).astype(np.float32)
@@ -347,7 +348,7 @@ def test_packed_weight(ops, jittor, precision, tolerance, transposed):
         jittor.array(random.normal(size=shape).astype(np.float32))
         for shape in ((40, 90), (70,), (40, 70), (40, 70)))
     weight = jittor.array(numbers)
-    packed = ops.pack_weight(weight, transposed, precision)
+    packed = ops.pack_weight(weight, transposed, precision, many_rows)
     results = []
     for matrix in (weight, packed):
         y = ops.linear(x, matrix, bias, residual, transposed)
@@ -365,14 +366,14 @@ def test_packed_weight(ops, jittor, precision, tolerance, transposed):
         assert np.abs(array / numbers - 1).max() <= 2 ** -8  # half of bfloat16's last place
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_linear_repeats_itself(ops, jittor, packed):
+@pytest.mark.parametrize("packed, many_rows", [(False, False), (True, False), (True, True)])
+def test_linear_repeats_itself(ops, jittor, packed, many_rows):
     """Work is assigned to threads in no fixed order; the result must not depend on it."""
     random = np.random.default_rng(0)
     x, weight = (jittor.array(random.normal(size=shape).astype(np.float32))
                  for shape in ((150, 1100), (1100, 900)))
     if packed:
-        weight = ops.pack_weight(weight)
+        weight = ops.pack_weight(weight, many_rows=many_rows)
     first = ops.linear(x, weight).numpy()
     assert all(np.array_equal(ops.linear(x, weight).numpy(), first) for _ in range(5))
 

@@ -53,6 +53,7 @@ template <> struct Form<PACKED_INT8> {
     static const int GROUP = 4;
 };
 
+// Whether each number of a layout is multiplied as three terms.
 template <Layout layout> constexpr bool in_terms() {
     return Form<layout>::T::GROUP > Form<layout>::GROUP;
 }
@@ -200,17 +201,6 @@ static inline void divide_row(const float* from, int count, int32_t* to, int64_t
     divide(load<Vec>(numbers), load<Vec>(numbers + W), false, to, stride);
 }
 
-// The terms of a panel's rows (count, NR): for each 32 of them three times 16 rows of words.
-static inline void divide_panel(const float* from, int count, int32_t* to) {
-    if (count % 32) std::fill_n(to + count / 32 * 48 * NR, 48 * NR, 0);
-    for (int k = 0; k < count; k += 2)
-        for (int w = 0; w < NR; w += W) {
-            const float* low = from + k * NR + w;
-            divide(load<Vec>(low), k + 1 < count ? load<Vec>(low + NR) : Vec{}, true,
-                    to + (k / 32 * 48 + k % 32 / 2) * NR + w, 16 * NR);
-        }
-}
-
 // NR words whose pairs are of two rows become these two rows, each of NR numbers.
 static inline void split(const int32_t* from, float* to) { widen(from, NR, to, to + NR); }
 static inline void split(const int32_t* from, int32_t* to) {
@@ -227,8 +217,15 @@ static void unpack(T, const Stored* from, int rows, typename T::Word* to) {
     for (int i = 0; i < rows; i++, from += NR, to += 2 * NR)
         widen((const int32_t*)from, NR, to, to + NR);
 }
+// For each 32 rows three times 16 rows of words, one for each term.
 static inline void unpack(Terms, const float* from, int rows, int32_t* to) {
-    divide_panel(from, rows, to);
+    if (rows % 32) std::fill_n(to + rows / 32 * 48 * NR, 48 * NR, 0);
+    for (int k = 0; k < rows; k += 2)
+        for (int w = 0; w < NR; w += W) {
+            const float* low = from + k * NR + w;
+            divide(load<Vec>(low), k + 1 < rows ? load<Vec>(low + NR) : Vec{}, true,
+                    to + (k / 32 * 48 + k % 32 / 2) * NR + w, 16 * NR);
+        }
 }
 
 // `rows` of a packed panel as rows of pairs of neighbours; the words of terms are `stride` apart.

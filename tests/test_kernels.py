@@ -123,8 +123,8 @@ def distance(ours, truth):
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_terms_are_as_near_to_float64_as_float32(library, scale):
     """Sums of 3,072 products: float32 adds up blocks of 256, terms blocks of 128."""
-    x, weight = scale * draw(40, 3072), draw(3072, 70)
-    x, dy = x.astype(np.float32), (scale * draw(40, 70)).astype(np.float32)
+    x, weight = scale * draw(150, 3072), draw(3072, 70)
+    x, dy = x.astype(np.float32), (scale * draw(150, 70)).astype(np.float32)
     for given, truth in (({"x": x}, x.astype(np.float64) @ weight),
                          ({"x": None, "dy": dy}, dy.astype(np.float64) @ weight.T)):
         ours, theirs = (distance(call(library, form, weight=weight, **given), truth)

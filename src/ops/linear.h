@@ -79,7 +79,9 @@ static gemm::Rows<int32_t> words_of_rows(
 template <gemm::Layout layout>
 static void linear(float* y, const float* x, const void* weight, const float* bias,
         const float* residual, int rows, int n_out, int n_in) {
-    if (gemm::in_terms<layout>() && !gemm::in_registers<layout>())
+    // Dividing the weight into terms takes as long as is gained with about a hundred rows. The
+    // gradient gains more, beside a product with the transpose that is slower.
+    if (gemm::in_terms<layout>() && (rows < 128 || !gemm::in_registers<layout>()))
         return linear<gemm::PACKED>(y, x, weight, bias, residual, rows, n_out, n_in);
     typedef gemm::Form<layout> Form;
     const auto* stored = numbers_of<layout>(weight);
@@ -109,7 +111,7 @@ static void linear(float* y, const float* x, const void* weight, const float* bi
 template <gemm::Layout layout>
 static void grad_linear_x(
         float* dx, const float* dy, const void* weight, int rows, int n_out, int n_in) {
-    if (gemm::in_terms<layout>() && !gemm::in_registers<layout>())
+    if (gemm::in_terms<layout>() && (rows < 32 || !gemm::in_registers<layout>()))
         return grad_linear_x<gemm::PACKED>(dx, dy, weight, rows, n_out, n_in);
     gemm::multiply_transposed<layout>(rows, n_out, n_in, dy, numbers_of<layout>(weight), dx);
 }

@@ -32,7 +32,9 @@ class Worker:
         self.stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "bench" / script], text=True, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.stderr, cwd=ROOT, start_new_session=True)
+            stdout=subprocess.PIPE, stderr=self.stderr, cwd=ROOT, start_new_session=True,
+            # OMP_NUM_THREADS of the caller would slow down some sides and not others.
+            env={**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))})
 
     def __enter__(self) -> Worker:
         return self

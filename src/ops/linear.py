@@ -26,7 +26,7 @@ class PackedWeight:
     On the CPU, ``words`` has the memory order of gemm.h and 32 bits a number in float32, 16 in bf16
     and 8 in int8; on CUDA it is the matrix itself, in float32 or bfloat16. ``transposed`` says that
     it was given as (n_out, n_in). NumPy makes an array of that shape of it, but not of int8.
-    ``layout`` is gemm.h's name for how it is multiplied.
+    ``layout`` is gemm.h's name for how it is multiplied, empty on CUDA.
     """
 
     words: jt.Var
@@ -122,9 +122,10 @@ def pack_weight(weight: jt.Var, transposed: bool = False, precision: str = "floa
                 many_rows: bool = False) -> PackedWeight:
     """W (n_in, n_out), or (n_out, n_in) if ``transposed``, in float32, bf16 or int8.
 
-    ``many_rows`` says that about a hundred rows or more are multiplied at a time. In float32, where
-    the processor has tile registers, products are then those of three bfloat16 terms of each
-    number: not less exact, faster for many rows, but slower for few.
+    With ``many_rows``, products of at least 128 rows in float32 (gradients: of 32) are computed from
+    three bfloat16 terms of each number where the processor has tile registers. They take less time
+    and are not less exact, but their last digits then depend on the number of rows, which those of
+    beam search must not.
     """
     n_out, n_in = weight.shape if transposed else weight.shape[::-1]
     if jt.flags.use_cuda:

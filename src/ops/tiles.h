@@ -147,9 +147,9 @@ static void tile_of(int rows, Arguments... arguments) {
     tile_of<T, (R > 1 ? R - 1 : R), H>(rows, arguments...);
 }
 
-// Intel's tile registers ("AMX") hold 16 rows of 16 words: 0 to 3 sums, 4 and 5 rows of a, 6
-// columns of b. 7 is left free: where another thread runs on the same core, the processor has few
-// registers more than these for renaming, and products take longer the more of them are in use.
+// Intel's tile registers ("AMX") hold 16 rows of 16 words. At most seven of the eight are in use:
+// where another thread runs on the same core, the processor has few more for renaming, and products
+// take longer the more of them are in use. 0 to 3 are sums, 4 and 5 rows of a, 6 columns of b.
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 struct TileRegisters {
     static const bool COMPILED = true;

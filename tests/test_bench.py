@@ -386,3 +386,11 @@ def test_sides_do_the_same_task(tmp_path, monkeypatch):
 
 if __name__ == "__main__":  # PyTorch in a process without Jittor
     print(json.dumps(count_by_torch()))
+
+
+def test_every_side_has_all_threads(monkeypatch):
+    """OMP_NUM_THREADS counts for Jittor and not for PyTorch, which is told the number."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
+    with workers.Worker("side_jittor.py") as worker:
+        environment = Path(f"/proc/{worker.process.pid}/environ").read_text().split("\0")
+    assert f"OMP_NUM_THREADS={len(os.sched_getaffinity(0))}" in environment

@@ -122,10 +122,10 @@ def pack_weight(weight: jt.Var, transposed: bool = False, precision: str = "floa
                 many_rows: bool = False) -> PackedWeight:
     """W (n_in, n_out), or (n_out, n_in) if ``transposed``, in float32, bf16 or int8.
 
-    With ``many_rows``, products of at least 128 rows in float32 (gradients: of 32) are computed from
-    three bfloat16 terms of each number where the processor has tile registers. They take less time
-    and are not less exact, but their last digits then depend on the number of rows, which those of
-    beam search must not.
+    With ``many_rows``, products of at least 128 rows in float32 (gradients: of 32) are computed
+    from three bfloat16 terms of each number where the processor has tile registers. They take less
+    time and are not less exact, but their last digits then depend on the number of rows, which
+    those of beam search must not.
     """
     n_out, n_in = weight.shape if transposed else weight.shape[::-1]
     if jt.flags.use_cuda:

@@ -170,24 +170,28 @@ static inline void join_pairs(const float* from, int count, int32_t* to) {
 }
 
 typedef int16_t Halves __attribute__((vector_size(W * 4)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(W * 4)));
 
 // The terms of the numbers in two vectors, in pairs as words: of both vectors' numbers in the same
-// place if `rows`, else of neighbours. The words of the three terms are `stride` apart.
+// place if `rows`, else of neighbours. The words of the three terms are `stride` apart. The first
+// term is rounded to the nearest; the others, which are cut off, are exact together.
 static inline void divide(Vec first, Vec second, bool rows, int32_t* to, int64_t stride) {
-    Halves places;
-    for (int i = 0; i < W; i++) {
-        places[2 * i] = 2 * i + 1;
-        places[2 * i + 1] = 2 * (W + i) + 1;
-    }
-    if (!rows)
+    const IntVec upper = IntVec{} - 0x10000;  // the sixteen bits of a float that a bfloat16 keeps
+    const auto pairs = [&](Vec a, Vec b) {
+        if (rows) return (IntVec)((UnsignedVec)a >> 16) | ((IntVec)b & upper);
+        Halves places;
         for (int i = 0; i < 2 * W; i++) places[i] = 2 * i + 1;
-    for (int term = 0; term < Terms::COUNT; term++, to += stride) {
-        const Vec a = (Vec)(((IntVec)first + 0x8000) & -0x10000);
-        const Vec b = (Vec)(((IntVec)second + 0x8000) & -0x10000);
-        store(to, __builtin_shuffle((Halves)a, (Halves)b, places));
-        first -= a;
-        second -= b;
-    }
+        return (IntVec)__builtin_shuffle((Halves)a, (Halves)b, places);
+    };
+    const Vec a = (Vec)(((IntVec)first + 0x8000) & upper);
+    const Vec b = (Vec)(((IntVec)second + 0x8000) & upper);
+    store(to, pairs(a, b));
+    first -= a;
+    second -= b;
+    store(to + stride, pairs(first, second));
+    first -= (Vec)((IntVec)first & upper);
+    second -= (Vec)((IntVec)second & upper);
+    store(to + 2 * stride, pairs(first, second));
 }
 
 // The terms of `count` neighbouring numbers, of each NR numbers W words of each term. The words of

@@ -143,19 +143,21 @@ class GPT2LMModel(nn.Module):
         for block in self.transformer.h:
             block.attn.c_attn.enable(enable)
 
-    def pack(self, precision: str) -> None:
+    def pack(self, precision: str, many_rows: bool = True) -> None:
         """Brings the matrices, which are not trained, into the order that is fastest.
 
         They stop being parameters. ``precision`` is float32 or bf16, in which they are rounded to
-        bfloat16 and multiplied as :func:`ops.linear` says.
+        bfloat16 and multiplied as :func:`ops.linear` says; ``many_rows`` as :func:`ops.pack_weight`
+        has it. Needs the memory of one matrix more.
         """
         wte, names = self.transformer.wte, {id(p): name for name, p in self.named_parameters()}
         self.order = list(names.values())
         for layer in [wte, *matrix_layers(self)]:
             name, weight = names[id(layer.weight)], layer.weight
             layer.weight = self.packed[name] = ops.pack_weight(
-                weight, layer is wte, precision, many_rows=True)
-            layer.weight.words.sync()  # frees the original
+                weight, layer is wte, precision, many_rows)
+            layer.weight.words.sync()  # then the original is not used any more
+            jt.gc()  # Jittor would keep its memory, too small by 64 bytes for the next in float32
         self.transformer.wte = PackedEmbedding(wte.weight)
 
     def weights(self) -> dict[str, jt.Var | ops.PackedWeight]:

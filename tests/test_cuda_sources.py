@@ -47,16 +47,16 @@ def calls(jittor):
     """The CUDA code that one use of each operator passes to Jittor, by operator:
     {code: [(name, number of dimensions, type) of inputs and outputs]}."""
     import ops
-    from ops.native import cuda_file, text_of
+    from ops.native import cuda_file, header
 
-    texts = {text_of(cuda_file(name)): name for name in OPERATORS}
+    headers = {header(cuda_file(name)): name for name in OPERATORS}
     found, code = {name: {} for name in OPERATORS}, jittor.code
 
     def record(shapes, dtypes, inputs, cuda_header=None, cuda_src=None, **others):
         outputs = code(shapes, dtypes, inputs, **others)
         each = outputs if isinstance(shapes, list) else [outputs]
         if cuda_src:
-            found[texts[cuda_header]][cuda_src] = [
+            found[headers[cuda_header]][cuda_src] = [
                 (f"{kind}{i}", len(v.shape), v.dtype)
                 for kind, some in (("in", inputs), ("out", each)) for i, v in enumerate(some)]
         return outputs

@@ -482,3 +482,26 @@ def test_adamw_update(ops, jittor):
         results = function(*(jittor.array(a.astype(np.float32)) for a in given), **rule)
         for ours, wanted in zip(results, (moved, m, v)):
             close(ours.numpy(), wanted, 1e-6)
+
+
+def test_an_operator_includes_its_file_by_digest(jittor, tmp_path, monkeypatch):
+    """Jittor hashes an operator's text at each call, and compiles it again if the text changes."""
+    from ops import native
+
+    def header(text: str) -> str:
+        (tmp_path / "part.h").write_text(text, encoding="utf-8")
+        (tmp_path / "whole.h").write_text('#include "part.h"\n', encoding="utf-8")
+        native.text_of.cache_clear()
+        native.header.cache_clear()
+        return native.header("whole.h")
+
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    values = []
+    for number in (4, 5, 4):
+        line = header(f"const int NUMBER = {number};\n")
+        assert len(line) < 100
+        values.append(jittor.code((1,), "int32", [], cpu_header=line,
+                                  cpu_src="out0_p[0] = NUMBER;").item())
+    native.text_of.cache_clear()
+    native.header.cache_clear()
+    assert values == [4, 5, 4]

@@ -8,6 +8,7 @@ rows, int columns)``.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from functools import lru_cache
@@ -18,6 +19,7 @@ import jittor as jt
 import numpy as np
 
 from runtime.errors import InputError
+from runtime.formats import replacing
 
 FOLDER = Path(__file__).parent
 
@@ -101,10 +103,10 @@ def _texts(operator: str, function: str, launch: str | None, outputs: Mapping[st
     lines += [f'const {"int64_t" if isinstance(value, int) else "float"} {name} = data["{name}"];'
               for name, value in numbers.items()]
     names, call = "\n".join(lines), ", ".join([*arguments, *dimensions, *numbers])
-    texts = {"cpu_src": f"{names}\n{function}({call});\n", "cpu_header": text_of(f"{operator}.h")}
+    texts = {"cpu_src": f"{names}\n{function}({call});\n", "cpu_header": header(f"{operator}.h")}
     if launch:
         texts.update(cuda_src=f"{names}\n{function}<<<{launch}>>>({call});{_CHECK_LAUNCH}",
-                     cuda_header=text_of(cuda_file(operator)))
+                     cuda_header=header(cuda_file(operator)))
     return texts
 
 
@@ -114,10 +116,27 @@ def cuda_file(operator: str) -> str:
 
 
 @lru_cache(maxsize=None)
+def header(name: str) -> str:
+    """The line that includes a file of this folder in an operator.
+
+    Jittor copies and hashes an operator's text at each call, in all as long as 120 small operators
+    take. So the text stands in a file beside those that Jittor compiles, with a name that depends
+    on it: Jittor compiles an operator again when its own text changes, but does not look into its
+    includes.
+    """
+    text = text_of(name).encode()
+    path = Path(jt.flags.cache_path, "jit", f"{hashlib.sha256(text).hexdigest()[:16]}-{name}")
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(text)
+    return f'#include "jit/{path.name}"\n'
+
+
+@lru_cache(maxsize=None)
 def text_of(name: str) -> str:
     """The text of a file in this folder, in which each ``#include "FILE"`` is FILE's text.
 
-    Jittor compiles an operator again when its text changes, but does not look into its includes.
     """
     text = (FOLDER / name).read_text(encoding="utf-8")
     return re.sub(r'^#include "(.+)"$', lambda line: text_of(line[1]), text, flags=re.MULTILINE)

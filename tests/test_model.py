@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from conftest import weights_of
+from conftest import ROOT, weights_of
 
 CARD = {"n_layer": 2, "n_embd": 24, "n_head": 3, "vocab_size": 61, "n_positions": 40}
 T = 9
@@ -143,3 +146,31 @@ def test_the_mean_loss_of_many_tokens(jittor, small_model, monkeypatch):
     loss = small_model(seed=8).loss(ids, np.roll(ids, -1, axis=1), np.ones(ids.shape))
     truth = np.float64(seen[0].numpy()).sum() / (ids.size + 0.0001)
     assert abs(loss.numpy() - truth) <= 1.2e-7 * truth
+
+
+PACKING = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+from runtime import backend
+backend.start("cpu", seed=1)
+import jittor as jt
+from config import MODEL_CARDS
+from model import GPT2LMModel
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+model = GPT2LMModel(MODEL_CARDS["gpt2.md"])
+jt.sync_all(True)
+before = peak()
+model.pack("float32")
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_packing_needs_the_memory_of_one_matrix_more(jittor):
+    """The largest of gpt2.md, the embedding, has 196 MiB; all of its matrices 1,350."""
+    if jittor.flags.use_cuda:
+        pytest.skip("measures the memory of the processor")
+    said = subprocess.run([sys.executable, "-c", PACKING, ROOT / "src"], check=True, text=True,
+                          capture_output=True).stdout
+    assert int(said.split()[-1]) / 1024 < 300

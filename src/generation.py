@@ -118,9 +118,9 @@ def make_generator(args: argparse.Namespace, config: GPT2Config):
         wrong("--precision int8: for --device cpu only; give bf16 or float32")
     model = GPT2LMModel(config, LoRAConfig(args.lora_dim, args.lora_alpha))
     checkpoint.load(model, args.init_checkpoint, args.lora_checkpoint, lora_required=True)
-    # When the model is dropped, its matrices are freed as they are packed; those in float32 only
-    # here, since the packed ones are larger by some bytes and take no memory of freed ones.
-    if args.precision == "float32":
+    # When the model is dropped, its matrices are freed as they are packed; on the CPU, those in
+    # float32 only here, since the packed ones are larger and do not fit into freed memory.
+    if args.precision == "float32" and not jt.flags.use_cuda:
         model.pack("float32", many_rows=False)
     return Generator(model, args.precision)
 

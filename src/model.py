@@ -148,7 +148,7 @@ class GPT2LMModel(nn.Module):
 
         They stop being parameters. ``precision`` is float32 or bf16, in which they are rounded to
         bfloat16 and multiplied as :func:`ops.linear` says; ``many_rows`` as :func:`ops.pack_weight`
-        has it. Needs the memory of one matrix more.
+        has it. Meanwhile, the memory of one matrix more is needed.
         """
         wte, names = self.transformer.wte, {id(p): name for name, p in self.named_parameters()}
         self.order = list(names.values())

@@ -117,12 +117,12 @@ def cuda_file(operator: str) -> str:
 
 @lru_cache(maxsize=None)
 def header(name: str) -> str:
-    """The line that includes a file of this folder in an operator.
+    """The line by which an operator includes a file of this folder.
 
-    Jittor copies and hashes an operator's text at each call, in all as long as 120 small operators
-    take. So the text stands in a file beside those that Jittor compiles, with a name that depends
-    on it: Jittor compiles an operator again when its own text changes, but does not look into its
-    includes.
+    Jittor copies and hashes an operator's text at each call, and that of a product has 51 KB. So it
+    stands in a file beside those that Jittor compiles, which is named by its digest: an operator
+    whose file has changed is another operator, and is compiled. Raises InputError if the file
+    cannot be written.
     """
     text = text_of(name).encode()
     path = Path(jt.flags.cache_path, "jit", f"{hashlib.sha256(text).hexdigest()[:16]}-{name}")
@@ -135,8 +135,6 @@ def header(name: str) -> str:
 
 @lru_cache(maxsize=None)
 def text_of(name: str) -> str:
-    """The text of a file in this folder, in which each ``#include "FILE"`` is FILE's text.
-
-    """
+    """The text of a file in this folder, in which each ``#include "FILE"`` is FILE's text."""
     text = (FOLDER / name).read_text(encoding="utf-8")
     return re.sub(r'^#include "(.+)"$', lambda line: text_of(line[1]), text, flags=re.MULTILINE)
